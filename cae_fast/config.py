@@ -1,0 +1,217 @@
+"""Every setting of every command, with its default and its reason.
+
+A configuration is a YAML file with these sections, changed on the command line by dotted overrides:
+`cae-fast pretrain configs/quickstart.yaml optim.lr=1e-3 train.seed=7`.
+The text below a field is what `cae-fast pretrain --help` prints for it.
+"""
+
+import ast
+import difflib
+import inspect
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+
+class UserError(ValueError):
+    """A mistake in a setting or an input: the command line prints its one line and exits with status 2."""
+
+
+@dataclass
+class ModelConfig:
+    size: str = "base"
+    """tiny, small, base, large, large_dec768 or huge; the fields left empty below take this size's value."""
+    image_size: int = 224
+    """Side of the encoder's input in pixels; a multiple of the patch size."""
+    patch_size: int | None = None
+    embed_dim: int | None = None
+    depth: int | None = None
+    num_heads: int | None = None
+    decoder_embed_dim: int | None = None
+    """Width of regressor and decoder; another one than the encoder's adds a Linear + LayerNorm between them."""
+    decoder_num_heads: int | None = None
+    regressor_depth: int = 4
+    """Cross-attention blocks of the latent regressor (the paper's ablation: 1, 2, 4, 5)."""
+    decoder_depth: int = 4
+    """Self-attention blocks of the decoder; 0 is the paper's "no decoder": one linear layer predicts."""
+    layer_scale_init: float | None = None
+    drop_path_rate: float = 0.1
+    """Highest drop-path rate; it rises from 0 over the depth, anew in encoder, regressor and decoder."""
+    align_drop_path: bool = True
+    """Drop path also in the pass that makes the alignment targets, as in the original code."""
+    rescale_init: bool = False
+    """Divide the output projections of block l (from 1) by sqrt(2 l) at initialization (BEiT)."""
+
+
+@dataclass
+class TargetConfig:
+    kind: str = "normalized_pixels"
+    """pixels (RGB of the normalized image) or normalized_pixels (each patch with mean 0, variance 1)."""
+    alignment_weight: float = 2.0
+    """Weight of the squared error between predicted and encoded latents; 0 turns the alignment off."""
+
+
+@dataclass
+class MaskConfig:
+    kind: str = "block"
+    """block (BEiT's block-wise masking) or random."""
+    ratio: float = 0.5
+    """Share of patches to mask: exactly floor(ratio * patches) in every image."""
+    min_block: int = 16
+    """Smallest area of a block in patches, while at least that many remain to be masked."""
+    max_block: int | None = None
+    """Largest area of a block in patches; empty: the number of masked patches."""
+    min_aspect: float = 0.3
+    """Aspect ratios are log-uniform in [min_aspect, 1 / min_aspect]."""
+
+
+@dataclass
+class DataConfig:
+    path: str = ""
+    """A folder of images (nested or flat), or `bundled:NAME` for images that ship with the package."""
+    index: str | None = None
+    """Index folder written by `cae-fast index`; empty: made on first use and kept beside the run folder."""
+    crop_scale: list[float] = field(default_factory=lambda: [0.08, 1.0])
+    """Share of the image's area that a random resized crop covers."""
+    crop_ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])
+    """Width over height of a crop."""
+    horizontal_flip: float = 0.5
+    """Probability of a horizontal flip."""
+    mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
+    """Per-channel mean of the encoder's input, images in [0, 1]."""
+    std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
+    num_workers: int | None = None
+    """Decoding processes per training process; empty: the cores left over, at most 12; 0: in the training process."""
+    max_pixels: int = 100_000_000
+    """Images with more pixels than this are listed as bad and skipped."""
+
+
+@dataclass
+class OptimConfig:
+    lr: float = 1.5e-3
+    """Peak learning rate; taken as it is, not rescaled by the batch size."""
+    min_lr: float = 1e-5
+    epochs: int = 300
+    warmup_epochs: int = 10
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    eps: float = 1e-8
+    weight_decay: float = 0.05
+    """Constant; not applied to biases and other one-dimensional parameters."""
+    clip_grad_norm: float = 3.0
+    """Largest global norm of the gradient; 0 turns clipping off."""
+
+
+@dataclass
+class TrainConfig:
+    run_dir: str = ""
+    """Everything a run writes goes here."""
+    seed: int = 0
+    device: str = "auto"
+    """auto (CUDA when there is one), cuda or cpu."""
+    precision: str = "bfloat16"
+    """bfloat16 (compute; the optimizer keeps float32 master weights) or float32."""
+    global_batch_size: int = 2048
+    """Images per optimizer step over all processes and accumulation steps."""
+    micro_batch_size: int | None = None
+    """Images per forward pass and process; empty: the global batch over the processes. Accumulation follows."""
+    resume: str = "auto"
+    """auto: continue when run_dir holds a checkpoint; never: refuse to touch such a folder; force: also with changed settings."""
+    init_from: str | None = None
+    """A model.safetensors to start the weights from (a new run, step 0)."""
+    max_steps: int | None = None
+    """Stop (with a checkpoint) after this step; the schedule stays that of optim.epochs."""
+
+
+@dataclass
+class CheckpointConfig:
+    every_epochs: int = 1
+    """Save the training state every so many epochs; the newest one always stays."""
+    keep_every_epochs: int = 0
+    """Also keep for good the states of every so many epochs; 0: only the newest."""
+
+
+@dataclass
+class LogConfig:
+    every_steps: int = 10
+    """Steps between log lines; the only time metrics leave the device."""
+    tensorboard: bool = True
+    wandb: str | None = None
+    """Weights & Biases project; needs the wandb package."""
+    profile: list[int] = field(default_factory=list)
+    """[first, last]: write a torch.profiler trace of these steps to run_dir/profile."""
+
+
+@dataclass
+class ProbeConfig:
+    train: str | None = None
+    """Labelled images for a k-NN probe of the frozen encoder before and after pretraining; empty: no probe."""
+    test: str | None = None
+    k: int = 20
+    """Neighbours that vote."""
+
+
+@dataclass
+class PretrainConfig:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    target: TargetConfig = field(default_factory=TargetConfig)
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+
+
+def load_config(schema: type, path: str | None, overrides: list[str]) -> Any:
+    """Read a YAML file and dotted overrides into `schema` (a dataclass).
+
+    Raises UserError for a missing file, an unknown key (with the nearest valid one) or a value of another type.
+    """
+    config = OmegaConf.structured(schema)
+    layers = []
+    if path is not None:
+        if not Path(path).is_file():
+            raise UserError(f"config: {path} is not a file")
+        try:
+            layers.append(OmegaConf.load(path))
+        except Exception as error:
+            raise UserError(f"config: {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    for override in overrides:
+        if "=" not in override:
+            raise UserError(f"override {override!r}: write it as section.field=value")
+        layers.append(OmegaConf.from_dotlist([override]))
+    for layer in layers:
+        try:
+            config = OmegaConf.merge(config, layer)
+        except ConfigKeyError as error:
+            raise UserError(_unknown_key(schema, str(error.full_key))) from error
+        except OmegaConfBaseException as error:
+            raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+    return OmegaConf.to_object(config)
+
+
+def _unknown_key(schema: type, key: str) -> str:
+    near = difflib.get_close_matches(key, field_docs(schema), n=1, cutoff=0.0)
+    return f"unknown setting {key}; the nearest valid one is {near[0]}"
+
+
+def field_docs(schema: type, prefix: str = "") -> dict[str, tuple[Any, str]]:
+    """Every leaf setting of a configuration class: {dotted name: (default, the text below the field)}."""
+    texts: dict[str, str] = {}
+    body = ast.parse(inspect.getsource(schema)).body[0].body  # type: ignore[attr-defined]
+    for node, after in zip(body, body[1:], strict=False):
+        if isinstance(node, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+            texts[node.target.id] = str(after.value.value)  # type: ignore[union-attr]
+    docs: dict[str, tuple[Any, str]] = {}
+    defaults = schema()
+    for item in fields(schema):
+        value = getattr(defaults, item.name)
+        if is_dataclass(value):
+            docs |= field_docs(type(value), f"{prefix}{item.name}.")
+        else:
+            docs[prefix + item.name] = (value, texts.get(item.name, ""))
+    return docs
