@@ -9,6 +9,7 @@ import ast
 import difflib
 import inspect
 from dataclasses import dataclass, field, fields, is_dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,7 @@ class TrainConfig:
     micro_batch_size: int | None = None
     """Images per forward pass and process; empty: the global batch over the processes. Accumulation follows."""
     resume: str = "auto"
-    """auto: continue when run_dir holds a checkpoint; never: refuse to touch such a folder; force: also with changed settings."""
+    """auto: continue when run_dir holds a checkpoint; never: refuse such a folder; force: auto, with changed settings."""
     init_from: str | None = None
     """A model.safetensors to start the weights from (a new run, step 0)."""
     max_steps: int | None = None
@@ -203,7 +204,7 @@ def field_docs(schema: type, prefix: str = "") -> dict[str, tuple[Any, str]]:
     """Every leaf setting of a configuration class: {dotted name: (default, the text below the field)}."""
     texts: dict[str, str] = {}
     body = ast.parse(inspect.getsource(schema)).body[0].body  # type: ignore[attr-defined]
-    for node, after in zip(body, body[1:], strict=False):
+    for node, after in pairwise(body):
         if isinstance(node, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
             texts[node.target.id] = str(after.value.value)  # type: ignore[union-attr]
     docs: dict[str, tuple[Any, str]] = {}

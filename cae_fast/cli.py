@@ -1,0 +1,49 @@
+"""The `cae-fast` program: one subcommand per file of cae_fast/commands."""
+
+import argparse
+import difflib
+import importlib
+import logging
+import sys
+
+from cae_fast import __version__
+from cae_fast.config import UserError
+
+COMMANDS = {
+    "pretrain": "pretrain a context autoencoder on a folder of images",
+    "index": "scan a folder of images once and write its index",
+}
+
+
+def usage() -> str:
+    rows = "\n".join(f"  {name:10s} {text}" for name, text in COMMANDS.items())
+    return f"usage: cae-fast COMMAND ...\n\n{rows}\n\n`cae-fast COMMAND --help` tells more about one, --version {__version__}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command. Returns its exit status: 0 done, 2 a mistake of the user, 3 training diverged."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if argv else 2
+    name = argv[0]
+    if name == "--version":
+        print(f"cae-fast {__version__}")
+        return 0
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.0)[0]
+        print(f"cae-fast: no command {name!r}; did you mean {near!r}? `cae-fast --help` lists all", file=sys.stderr)
+        return 2
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    command = importlib.import_module(f"cae_fast.commands.{name}")
+    parser = argparse.ArgumentParser(
+        prog=f"cae-fast {name}",
+        description=command.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_arguments(parser)
+    try:
+        return command.run(parser.parse_args(argv[1:]))
+    except UserError as error:
+        print(f"cae-fast {name}: {error}", file=sys.stderr)
+        return 2

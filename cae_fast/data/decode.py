@@ -1,0 +1,145 @@
+"""Image files to pixels on the CPU: decode, crop, resize.
+
+JPEG goes through libjpeg-turbo with the accurate DCT and smooth chroma upsampling (equal to Pillow's pixels, without
+its overhead), everything else through Pillow. Resizing is torch's antialiased uint8 interpolation, which follows
+Pillow's filters.
+
+Legend: H, W height and width in pixels.
+"""
+
+import io
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+import simplejpeg
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+
+# The limit on an image's size is data.max_pixels: the index leaves larger files out, and decode_rgb refuses a file
+# whose size is not the index's. Pillow's own fixed limit would refuse what a user allows.
+Image.MAX_IMAGE_PIXELS = None
+
+PIL_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
+GZIP_MAGIC = b"\x1f\x8b"
+MAX_UNZIPPED_BYTES = 1 << 30
+
+# torch has mode="lanczos" from 2.12 on; before that, Pillow does it (2 to 4 times slower).
+TORCH_HAS_LANCZOS = hasattr(torch.ops.aten, "_upsample_lanczos2d_aa")
+PIL_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANCZOS}
+
+Pixels = NDArray[np.uint8]
+
+
+class DecodeError(ValueError):
+    """An image file that cannot be used, with the reason."""
+
+
+def decode_rgb(data: bytes, size: tuple[int, int] | None = None) -> Pixels:
+    """Decode JPEG, PNG, WebP or BMP bytes (also gzipped ones) to RGB pixels, uint8 (H, W, 3).
+
+    Pixels are those of Pillow's convert("RGB"): gray is repeated, palettes are looked up, CMYK is converted, alpha is
+    dropped. Samples of 16 bits keep their upper 8 (value // 256). EXIF orientation is ignored.
+    With `size` (height, width), a file of another size raises before it is decoded.
+    Raises DecodeError for whatever is unreadable, truncated or in another format.
+    """
+    if data[:2] == GZIP_MAGIC:
+        data = gunzip(data)
+    if data[:2] == b"\xff\xd8":
+        return _decode_jpeg(data, size)
+    return _decode_pil(data, size)
+
+
+def gunzip(data: bytes) -> bytes:
+    """The content of a gzip file. Raises DecodeError when it is damaged, truncated or over 1 GiB."""
+    stream = zlib.decompressobj(wbits=31)
+    try:
+        content = stream.decompress(data, MAX_UNZIPPED_BYTES)
+    except zlib.error as error:
+        raise DecodeError(f"damaged gzip data: {error}") from error
+    if not stream.eof:
+        raise DecodeError("gzip data is truncated or unpacks to more than 1 GiB")
+    return content
+
+
+def _decode_jpeg(data: bytes, size: tuple[int, int] | None) -> Pixels:
+    try:
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return _decode_pil(data, size)  # rare chroma layouts, and the wording of what is wrong with the others
+    if colorspace in ("CMYK", "YCCK"):
+        return _decode_pil(data, size)
+    _check_size((height, width), size)
+    try:
+        return simplejpeg.decode_jpeg(data, colorspace="RGB", fastdct=False, fastupsample=False)
+    except ValueError as error:
+        # libjpeg fills what is missing with gray and only warns; its other warnings are harmless and Pillow's to judge.
+        if "premature end" in str(error).lower():
+            raise DecodeError("truncated JPEG") from error
+        return _decode_pil(data, size)
+
+
+def _decode_pil(data: bytes, size: tuple[int, int] | None) -> Pixels:
+    try:
+        with Image.open(io.BytesIO(data), formats=PIL_FORMATS) as image:
+            _check_size((image.height, image.width), size)
+            if image.mode.startswith("I"):
+                gray = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
+                return np.repeat(gray[:, :, None], 3, axis=2)
+            image.info.pop("transparency", None)  # alpha is dropped: spare Pillow's warning about palettes with alpha
+            return np.array(image.convert("RGB"))
+    except DecodeError:
+        raise
+    except Exception as error:  # Pillow's decoders raise any type: OSError, SyntaxError, ValueError, struct.error ...
+        raise DecodeError(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
+
+
+def _check_size(found: tuple[int, int], expected: tuple[int, int] | None) -> None:
+    if expected is not None and found != tuple(expected):
+        raise DecodeError(f"is {found[0]} x {found[1]} pixels (height x width), expected {expected[0]} x {expected[1]}")
+
+
+def resized_crop(
+    image: Pixels, box: Sequence[int] | NDArray[np.integer], flip: bool, size: int, filter: str
+) -> torch.Tensor:
+    """Crop to box (top, left, height, width), resize to a square, mirror if asked: uint8 (3, size, size).
+
+    filter: "bicubic" or "lanczos", antialiased as Pillow does; on average within 0.05 gray levels of
+    Image.crop().resize().
+    """
+    top, left, height, width = (int(edge) for edge in box)
+    view = resize(image[top : top + height, left : left + width], size, size, filter)
+    return view.flip(-1) if flip else view
+
+
+def resize(image: Pixels, height: int, width: int, filter: str) -> torch.Tensor:
+    """Resize uint8 (H, W, 3) to uint8 (3, height, width) with an antialiased filter, "bicubic" or "lanczos"."""
+    image = np.ascontiguousarray(image)
+    if filter == "lanczos" and not TORCH_HAS_LANCZOS:
+        return _resize_pil(image, height, width, filter)
+    pixels = torch.from_numpy(image).permute(2, 0, 1)  # (3, H, W) over (H, W, 3) memory: torch's fast path
+    return F.interpolate(pixels[None], size=(height, width), mode=filter, antialias=True)[0]
+
+
+def _resize_pil(image: Pixels, height: int, width: int, filter: str) -> torch.Tensor:
+    resized = Image.fromarray(image).resize((width, height), PIL_FILTERS[filter])
+    return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
+
+
+def resize_and_center_crop(image: Pixels, size: int) -> torch.Tensor:
+    """Resize the shorter side to `size` (bicubic, the longer one in proportion), then the central square.
+
+    uint8 (H, W, 3) to uint8 (3, size, size); an image that is size x size already stays as it is.
+    """
+    height, width = image.shape[:2]
+    short = min(height, width)
+    # Only the middle of a strip reaches the square; without this a 1 x 100,000 strip would grow to gigabytes.
+    rows, columns = min(height, 8 * short), min(width, 8 * short)
+    top, left = (height - rows) // 2, (width - columns) // 2
+    image = image[top : top + rows, left : left + columns]
+    new_height, new_width = size * rows // short, size * columns // short
+    resized = resize(image, new_height, new_width, "bicubic")
+    top, left = round((new_height - size) / 2), round((new_width - size) / 2)
+    return resized[:, top : top + size, left : left + size]

@@ -1,0 +1,274 @@
+"""Batches for training, decoded by worker processes in the order of the sampling plan.
+
+Legend: B images of a micro-batch, S image size, T token image size, Nv visible patches, Nm masked patches,
+G global batch size, L images per process and step.
+"""
+
+import copy
+import logging
+import os
+import signal
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from cae_fast.config import UserError
+from cae_fast.data.decode import DecodeError, Pixels, decode_rgb, resize_and_center_crop, resized_crop
+from cae_fast.data.index import ImageIndex
+from cae_fast.data.sampling import SamplingPlan
+
+logger = logging.getLogger(__name__)
+
+MAX_ATTEMPTS = 16
+MAX_WORKERS = 12
+
+Mask = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass
+class Batch:
+    """One micro-batch."""
+
+    images: Tensor
+    """The encoder's view, uint8 (B, 3, S, S), bicubic."""
+    token_images: Tensor | None
+    """The tokenizer's view of the same crops, uint8 (B, 3, T, T), Lanczos."""
+    visible_ids: Tensor
+    """int64 (B, Nv), sorted."""
+    masked_ids: Tensor
+    """int64 (B, Nm), sorted."""
+    positions: Tensor
+    """Global sample positions, int64 (B,)."""
+    sample_ids: Tensor
+    """Entries of the index, after replacement, int64 (B,)."""
+    replaced: list[tuple[int, str, str]] = field(default_factory=list)
+    """(position, path, reason) of every file that could not be used."""
+
+    def pin_memory(self) -> "Batch":
+        return self._apply(Tensor.pin_memory)
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The batch on a device; from pinned memory the copies do not wait."""
+        return self._apply(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def _apply(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        moved = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(moved, name, function(value))
+        return moved
+
+
+def resolve_num_workers(num_workers: int | None, world_size: int) -> int:
+    """Decoding processes of this training process: as given, else this machine's share of cores less one, 0 to 12.
+
+    world_size: training processes on this machine. Raises UserError for a negative number.
+    """
+    if num_workers is not None:
+        if num_workers < 0:
+            raise UserError(f"data.num_workers={num_workers}: must be 0 or more, or empty")
+        return num_workers
+    return max(0, min(MAX_WORKERS, len(os.sched_getaffinity(0)) // world_size - 1))
+
+
+def pretrain_loader(
+    index: ImageIndex,
+    plan: SamplingPlan,
+    mask: Mask,
+    *,
+    image_size: int,
+    token_size: int | None,
+    start_step: int,
+    stop_step: int,
+    rank: int,
+    world_size: int,
+    micro_batch_size: int,
+    num_workers: int,
+    pin_memory: bool,
+) -> Generator[Batch, None, None]:
+    """The micro-batches of process `rank` for the steps start_step..stop_step, in order.
+
+    A process owns the images [rank * L, (rank + 1) * L) of each global batch, L = G / world_size, cut in order into
+    L / micro_batch_size micro-batches. `mask` maps positions (B,) to (visible_ids, masked_ids) and must pickle.
+    A file that fails is replaced by plan.replacement and logged; `.close()` (or dropping the generator) ends the
+    worker processes, which ignore SIGINT and SIGTERM so that the main process can finish its step.
+    Raises UserError for sizes that do not divide, and while iterating when 16 files in a row fail.
+    """
+    share = plan.global_batch_size // world_size
+    if plan.global_batch_size % (world_size * micro_batch_size):
+        raise UserError(
+            f"train.global_batch_size={plan.global_batch_size}: must be a multiple of processes x "
+            f"train.micro_batch_size = {world_size} x {micro_batch_size}"
+        )
+    if plan.num_samples != len(index):
+        raise ValueError(f"the plan has {plan.num_samples} images, the index {len(index)}")
+    loader = DataLoader(
+        _PretrainImages(index, plan, mask, image_size, token_size),
+        batch_size=None,
+        sampler=_MicroBatches(range(start_step, stop_step), rank * share, share, micro_batch_size),
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        worker_init_fn=_start_worker,
+        generator=torch.Generator(),  # the default one would take a number from the global generator
+    )
+    return _batches(loader)
+
+
+def _batches(loader: DataLoader) -> Generator[Batch, None, None]:
+    iterator = iter(loader)
+    try:
+        for batch in iterator:
+            if isinstance(batch, UserError):
+                raise batch
+            for position, path, reason in batch.replaced:
+                logger.warning("data: %s: %s; another image takes position %d", path, reason, position)
+            yield batch
+    finally:
+        del iterator  # its last reference: ends the workers now, whoever keeps this frame
+
+
+class _MicroBatches(Sampler[tuple[int, int, int]]):
+    """(step, start, stop) of every micro-batch of one process."""
+
+    def __init__(self, steps: range, first: int, share: int, micro_batch_size: int) -> None:
+        self.steps, self.starts, self.size = steps, range(first, first + share, micro_batch_size), micro_batch_size
+
+    def __iter__(self) -> Iterator[tuple[int, int, int]]:
+        return ((step, start, start + self.size) for step in self.steps for start in self.starts)
+
+    def __len__(self) -> int:
+        return len(self.steps) * len(self.starts)
+
+
+class _PretrainImages(Dataset[Batch | UserError]):
+    """Micro-batches by (step, start, stop)."""
+
+    def __init__(
+        self, index: ImageIndex, plan: SamplingPlan, mask: Mask, image_size: int, token_size: int | None
+    ) -> None:
+        self.index, self.plan, self.mask, self.image_size, self.token_size = index, plan, mask, image_size, token_size
+
+    def __getstate__(self) -> dict[str, Any]:
+        plan = copy.copy(self.plan)  # a worker maps the index's arrays again instead of receiving their content
+        plan.heights = plan.widths = np.empty(0, np.int32)
+        return self.__dict__ | {"plan": plan}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.plan.heights, self.plan.widths = np.asarray(self.index.heights), np.asarray(self.index.widths)
+
+    def __getitem__(self, micro_batch: tuple[int, int, int]) -> Batch | UserError:
+        try:
+            return self._load(*micro_batch)
+        except UserError as error:
+            return error  # raised by the main process, without a worker's traceback
+
+    def _load(self, step: int, start: int, stop: int) -> Batch:
+        sample = self.plan.draw(step, start, stop)
+        size, token_size = self.image_size, self.token_size
+        images = torch.empty(stop - start, 3, size, size, dtype=torch.uint8)  # (B, 3, S, S)
+        token_images = None
+        if token_size is not None:
+            token_images = torch.empty(stop - start, 3, token_size, token_size, dtype=torch.uint8)  # (B, 3, T, T)
+        replaced: list[tuple[int, str, str]] = []
+        sample_ids = sample.sample_ids
+        for i, position in enumerate(sample.positions.tolist()):
+            pixels, sample_ids[i], box = self._decode(position, int(sample_ids[i]), sample.boxes[i], replaced)
+            flip = bool(sample.flips[i])
+            images[i] = resized_crop(pixels, box, flip, size, "bicubic")
+            if token_images is not None and token_size is not None:
+                token_images[i] = resized_crop(pixels, box, flip, token_size, "lanczos")
+        positions = torch.from_numpy(sample.positions)
+        visible_ids, masked_ids = self.mask(positions)
+        return Batch(images, token_images, visible_ids, masked_ids, positions, torch.from_numpy(sample_ids), replaced)
+
+    def _decode(
+        self, position: int, sample_id: int, box: np.ndarray, replaced: list[tuple[int, str, str]]
+    ) -> tuple[Pixels, int, np.ndarray]:
+        """(pixels, sample id, crop) of a position: the planned image or the first substitute that can be used."""
+        failed: list[str] = []
+        while True:
+            pixels = _read_image(self.index, sample_id)
+            if isinstance(pixels, np.ndarray):
+                return pixels, sample_id, box
+            path = str(self.index.path(sample_id))
+            replaced.append((position, path, pixels))
+            failed.append(path)
+            if len(failed) > MAX_ATTEMPTS:
+                names = ", ".join(failed)
+                raise UserError(f"data: {len(failed)} files in a row cannot be used (last: {pixels}): {names}")
+            sample_id = self.plan.replacement(position, len(failed))
+            box = self.plan.boxes(np.array([position]), np.array([sample_id]))[0]
+
+
+def _read_image(index: ImageIndex, sample_id: int) -> Pixels | str:
+    """The pixels of an image, uint8 (H, W, 3), or the reason why its file cannot be used."""
+    size = int(index.heights[sample_id]), int(index.widths[sample_id])
+    try:
+        return decode_rgb(index.read(sample_id), size)
+    except DecodeError as error:
+        return str(error)
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+
+
+def _start_worker(worker_id: int) -> None:
+    # Ctrl-C and a scheduler's SIGTERM reach the whole process group; only the main process acts on them.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+def labelled_loader(
+    index: ImageIndex, image_size: int, batch_size: int, num_workers: int
+) -> Generator[tuple[Tensor, Tensor], None, None]:
+    """Every image of the index in order with its label: (uint8 (B, 3, S, S), int64 (B,)), for evaluation.
+
+    The shorter side is resized to image_size (bicubic), then the central square is cut out. A file that cannot be
+    used is left out of its batch and logged.
+    """
+    starts = range(0, len(index), batch_size)
+    loader = DataLoader(
+        _LabelledImages(index, image_size, batch_size),
+        batch_size=None,
+        sampler=starts,
+        num_workers=num_workers,
+        worker_init_fn=_start_worker,
+        generator=torch.Generator(),  # the default one would take a number from the global generator
+    )
+    return _labelled_batches(loader)
+
+
+def _labelled_batches(loader: DataLoader) -> Generator[tuple[Tensor, Tensor], None, None]:
+    iterator = iter(loader)
+    try:
+        for images, labels, failed in iterator:
+            for path, reason in failed:
+                logger.warning("data: %s: %s; left out", path, reason)
+            yield images, labels
+    finally:
+        del iterator
+
+
+class _LabelledImages(Dataset[tuple[Tensor, Tensor, list[tuple[str, str]]]]):
+    """Batches by the number of their first image."""
+
+    def __init__(self, index: ImageIndex, image_size: int, batch_size: int) -> None:
+        self.index, self.image_size, self.batch_size = index, image_size, batch_size
+
+    def __getitem__(self, start: int) -> tuple[Tensor, Tensor, list[tuple[str, str]]]:
+        images, labels, failed = [], [], []
+        for i in range(start, min(start + self.batch_size, len(self.index))):
+            pixels = _read_image(self.index, i)
+            if isinstance(pixels, str):
+                failed.append((str(self.index.path(i)), pixels))
+                continue
+            images.append(resize_and_center_crop(pixels, self.image_size))
+            labels.append(int(self.index.labels[i]))
+        empty = torch.empty(0, 3, self.image_size, self.image_size, dtype=torch.uint8)
+        return torch.stack(images) if images else empty, torch.tensor(labels, dtype=torch.int64), failed

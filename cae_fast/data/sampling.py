@@ -1,0 +1,225 @@
+"""Which images, crops and flips make up a step: a pure function of (seed, step, global sample position).
+
+Nothing here has a state, so a run resumes at any step and with any number of processes with the same batches.
+Image j of step s has the global position s * global_batch_size + j. The order of an epoch is a Feistel permutation
+keyed by (seed, epoch) (constant memory, no shuffled list); crops and flips are Philox4x32-10 numbers keyed by the
+seed and counted by (draw, low word of the position, stream, high word of the position).
+
+Legend: n images, T tries, G global batch size.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from cae_fast.config import UserError
+
+# Streams keep the uses of one position's numbers apart; 3 (masks) and 4 (drop path) are drawn by cae_kernels.
+ORDER = 0
+CROP = 1
+FLIP = 2
+REPLACEMENT = 5
+
+CROP_TRIES = 10
+FEISTEL_ROUNDS = 8
+
+_WORD = 0xFFFFFFFF
+
+IntArray = NDArray[np.int64]
+WordArray = NDArray[np.uint64]
+
+
+def philox4x32(
+    seed: int, c0: ArrayLike, c1: ArrayLike, c2: ArrayLike, c3: ArrayLike
+) -> tuple[WordArray, WordArray, WordArray, WordArray]:
+    """Philox4x32-10 (Salmon et al. 2011, Random123) of counters (c0, c1, c2, c3) under a 64-bit key.
+
+    The counters are integers or uint64 arrays below 2**32 that broadcast; the four results are uint64 arrays of
+    32-bit words, uniform and independent over counters and seeds.
+    """
+    key0, key1 = seed & _WORD, (seed >> 32) & _WORD
+    x0, x1, x2, x3 = np.broadcast_arrays(*(np.asarray(c, np.uint64) for c in (c0, c1, c2, c3)))
+    for _ in range(10):
+        product0, product1 = x0 * np.uint64(0xD2511F53), x2 * np.uint64(0xCD9E8D57)
+        x0, x2 = (product1 >> 32) ^ (x1 ^ np.uint64(key0)), (product0 >> 32) ^ (x3 ^ np.uint64(key1))
+        x1, x3 = product1 & _WORD, product0 & _WORD
+        key0, key1 = (key0 + 0x9E3779B9) & _WORD, (key1 + 0xBB67AE85) & _WORD
+    return x0, x1, x2, x3
+
+
+def _position_words(seed: int, draw: ArrayLike, positions: IntArray, stream: int) -> tuple[WordArray, ...]:
+    return philox4x32(seed, draw, positions & _WORD, stream, positions >> 32)
+
+
+def permute(indices: IntArray, size: int, seed: int, epoch: int) -> IntArray:
+    """The images of `indices` under the permutation of range(size) keyed by (seed, epoch).
+
+    An alternating Feistel network on Z_a x Z_b with a * b the least near-square product >= size; results outside the
+    range are sent through it again (cycle-walking), which keeps it a bijection of range(size).
+    """
+    a = math.isqrt(size - 1) + 1
+    b = -(-size // a)
+    keys = _round_keys(seed, epoch)
+    permuted = _feistel(indices.astype(np.uint64), a, b, keys)
+    outside = np.flatnonzero(permuted >= size)
+    while len(outside):
+        permuted[outside] = _feistel(permuted[outside], a, b, keys)
+        outside = outside[permuted[outside] >= size]
+    return permuted.astype(np.int64)
+
+
+@functools.lru_cache(maxsize=16)
+def _round_keys(seed: int, epoch: int) -> tuple[np.uint64, ...]:
+    low, high, _, _ = philox4x32(seed, np.arange(FEISTEL_ROUNDS), epoch & _WORD, ORDER, epoch >> 32)
+    return tuple(low | (high << 32))
+
+
+def _feistel(x: WordArray, a: int, b: int, keys: tuple[np.uint64, ...]) -> WordArray:
+    left, right = np.divmod(x, np.uint64(b))
+    for key_left, key_right in zip(keys[::2], keys[1::2], strict=True):
+        left = (left + _mix(right, key_left) % np.uint64(a)) % np.uint64(a)
+        right = (right + _mix(left, key_right) % np.uint64(b)) % np.uint64(b)
+    return left * np.uint64(b) + right
+
+
+def _mix(x: WordArray, key: np.uint64) -> WordArray:
+    """A 64-bit hash (the finalizer of SplitMix64) of x under a key."""
+    x = (x ^ key) * np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+@dataclass
+class SamplePlan:
+    """What to read for n images of one step."""
+
+    positions: IntArray
+    """Global sample positions, (n,)."""
+    sample_ids: IntArray
+    """Entries of the index, (n,)."""
+    boxes: NDArray[np.int32]
+    """Crops in pixels as top, left, height, width, (n, 4)."""
+    flips: NDArray[np.bool_]
+    """Mirror left to right, (n,)."""
+
+
+class SamplingPlan:
+    """The sampling plan of a run.
+
+    heights and widths are integer arrays of num_samples pixels (memory maps are welcome: only the drawn entries are
+    read). An epoch is num_samples // global_batch_size steps; the images at the end of its permutation that do not
+    fill a batch are left out of that epoch. Raises UserError for settings out of range.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        heights: NDArray[np.integer],
+        widths: NDArray[np.integer],
+        global_batch_size: int,
+        seed: int,
+        crop_scale: Sequence[float],
+        crop_ratio: Sequence[float],
+        horizontal_flip: float,
+    ) -> None:
+        if not 0 < global_batch_size <= num_samples:
+            raise UserError(
+                f"train.global_batch_size={global_batch_size}: must be 1 to {num_samples}, the number of images"
+            )
+        if len(crop_scale) != 2 or not 0 < crop_scale[0] <= crop_scale[1] <= 1:
+            raise UserError(f"data.crop_scale={list(crop_scale)}: must be two shares of the area, 0 < low <= high <= 1")
+        if len(crop_ratio) != 2 or not 0 < crop_ratio[0] <= crop_ratio[1] < math.inf:
+            raise UserError(f"data.crop_ratio={list(crop_ratio)}: must be two ratios, 0 < low <= high")
+        if not 0 <= horizontal_flip <= 1:
+            raise UserError(f"data.horizontal_flip={horizontal_flip}: must be a probability between 0 and 1")
+        self.num_samples = num_samples
+        self.heights = np.asarray(heights)
+        self.widths = np.asarray(widths)
+        self.global_batch_size = global_batch_size
+        self.seed = seed
+        self.crop_scale = (float(crop_scale[0]), float(crop_scale[1]))
+        self.crop_ratio = (float(crop_ratio[0]), float(crop_ratio[1]))
+        self.horizontal_flip = horizontal_flip
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.num_samples // self.global_batch_size
+
+    def draw(self, step: int, start: int, stop: int) -> SamplePlan:
+        """Images start..stop (0 <= start <= stop <= G) of the global batch of a step."""
+        if step < 0 or not 0 <= start <= stop <= self.global_batch_size:
+            raise ValueError(f"step {step}, images {start}..{stop}: outside a global batch of {self.global_batch_size}")
+        epoch, first = self._place(step * self.global_batch_size)
+        positions = step * self.global_batch_size + np.arange(start, stop, dtype=np.int64)
+        sample_ids = permute(first + np.arange(start, stop, dtype=np.int64), self.num_samples, self.seed, epoch)
+        words, *_ = _position_words(self.seed, 0, positions, FLIP)
+        flips = words < self.horizontal_flip * 2.0**32
+        return SamplePlan(positions, sample_ids, self.boxes(positions, sample_ids), flips)
+
+    def replacement(self, position: int, attempt: int) -> int:
+        """The substitute for the image at a position whose file cannot be used; attempt counts from 1.
+
+        It is another image of the same epoch's permutation, at a pseudo-random distance; the attempts
+        1..num_samples - 1 are all different and none is the image itself.
+        """
+        epoch, place = self._place(position)
+        others = max(self.num_samples - 1, 1)
+        word, *_ = _position_words(self.seed, 0, np.array([position]), REPLACEMENT)
+        distance = 1 + (int(word[0]) + attempt - 1) % others
+        place = (place + distance) % self.num_samples
+        return int(permute(np.array([place]), self.num_samples, self.seed, epoch)[0])
+
+    def _place(self, position: int) -> tuple[int, int]:
+        """(epoch, place in the epoch's permutation) of a global position."""
+        step, image = divmod(position, self.global_batch_size)
+        epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
+        return epoch, step_of_epoch * self.global_batch_size + image
+
+    def boxes(self, positions: IntArray, sample_ids: IntArray) -> NDArray[np.int32]:
+        """Random resized crops, int32 (n, 4): top, left, height, width in pixels.
+
+        The law of torchvision's RandomResizedCrop.get_params: the first of ten tries (area share uniform, log of the
+        ratio uniform) that fits into the image, at a uniform place; else the largest central crop of a valid ratio.
+        """
+        heights, widths = self.heights[sample_ids].astype(np.int64), self.widths[sample_ids].astype(np.int64)
+        boxes = self._central_boxes(heights, widths)
+        todo = np.arange(len(positions))
+        for draws in (np.arange(1), np.arange(1, CROP_TRIES)):  # the first try is enough for most images
+            tried, fits = self._try_boxes(positions[todo], heights[todo], widths[todo], draws)
+            found = fits.any(axis=1)
+            boxes[todo[found]] = tried[found, fits[found].argmax(axis=1)]
+            todo = todo[~found]
+            if not len(todo):
+                break
+        return boxes
+
+    def _try_boxes(
+        self, positions: IntArray, heights: IntArray, widths: IntArray, draws: IntArray
+    ) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+        """Crops int32 (n, T, 4) of the given draws and whether they fit, bool (n, T)."""
+        heights, widths = heights[:, None], widths[:, None]
+        share, ratio, row, column = _position_words(self.seed, draws, positions[:, None], CROP)
+        low, high = self.crop_scale
+        area = (low + (high - low) * (share * 2.0**-32)) * (heights * widths)  # (n, T)
+        log_low, log_high = math.log(self.crop_ratio[0]), math.log(self.crop_ratio[1])
+        aspect = np.exp(log_low + (log_high - log_low) * (ratio * 2.0**-32))  # (n, T)
+        crop_widths = np.rint(np.sqrt(area * aspect)).astype(np.int64)
+        crop_heights = np.rint(np.sqrt(area / aspect)).astype(np.int64)
+        fits = (crop_widths > 0) & (crop_widths <= widths) & (crop_heights > 0) & (crop_heights <= heights)
+        tops = (row.astype(np.int64) * np.maximum(heights - crop_heights + 1, 1)) >> 32
+        lefts = (column.astype(np.int64) * np.maximum(widths - crop_widths + 1, 1)) >> 32
+        return np.stack([tops, lefts, crop_heights, crop_widths], axis=-1).astype(np.int32), fits
+
+    def _central_boxes(self, heights: IntArray, widths: IntArray) -> NDArray[np.int32]:
+        """The largest central crops whose ratio is allowed, int32 (n, 4); at least one pixel."""
+        low, high = self.crop_ratio
+        ratio = widths / heights
+        crop_heights = np.where(ratio < low, np.rint(widths / low), heights).clip(1).astype(np.int64)
+        crop_widths = np.where(ratio > high, np.rint(heights * high), widths).clip(1).astype(np.int64)
+        tops, lefts = (heights - crop_heights) // 2, (widths - crop_widths) // 2
+        return np.stack([tops, lefts, crop_heights, crop_widths], axis=-1).astype(np.int32)

@@ -1,0 +1,322 @@
+"""The context autoencoder (arXiv 2202.03026): encoder, latent contextual regressor, decoder and the two losses.
+
+loss = prediction(decoder(z_m + pos_m)) + weight * MSE(z_m, stop_gradient(encoder(masked patches)))
+
+B batch, N patches, Nv visible, Nm masked, D encoder width, R regressor and decoder width, H heads, C head width,
+V codes, P = 3 p^2 values of a patch.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from cae_kernels import (
+    alignment_loss,
+    cross_attention,
+    linear_cross_entropy,
+    norm_qkv,
+    residual_norm,
+    residual_norm_qkv,
+)
+from torch import Tensor, nn
+
+from cae_fast.config import ModelConfig, UserError
+from cae_fast.models.vit import (
+    NORM_EPS,
+    Block,
+    Mlp,
+    VisionTransformer,
+    branch_keep,
+    drop_path_rates,
+    initialize,
+    norm_parameters,
+    rescale_output_projections,
+    run_blocks,
+    sincos_position_embedding,
+)
+
+# patch_size, embed_dim, depth, num_heads, decoder_embed_dim, decoder_num_heads, layer_scale_init
+SIZES: dict[str, tuple[int, int, int, int, int, int, float]] = {
+    "tiny": (4, 96, 4, 3, 96, 3, 0.1),
+    "small": (16, 384, 12, 6, 384, 6, 0.1),
+    "base": (16, 768, 12, 12, 768, 12, 0.1),
+    "large": (16, 1024, 24, 16, 1024, 16, 1e-5),
+    "large_dec768": (16, 1024, 24, 16, 768, 12, 1e-5),
+    "huge": (14, 1280, 32, 16, 1280, 16, 1e-5),
+}
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A ModelConfig with every field filled; the fields mean the same."""
+
+    size: str
+    image_size: int
+    patch_size: int
+    embed_dim: int
+    depth: int
+    num_heads: int
+    decoder_embed_dim: int
+    decoder_num_heads: int
+    regressor_depth: int
+    decoder_depth: int
+    layer_scale_init: float
+    drop_path_rate: float
+    align_drop_path: bool
+    rescale_init: bool
+
+
+def resolve_model(model: ModelConfig) -> ModelShape:
+    """Fill the empty fields from the size and check that the whole makes a model; UserError says what to set."""
+    if model.size not in SIZES:
+        raise UserError(f"model.size is {model.size!r}: choose one of {', '.join(SIZES)}")
+    patch_size, embed_dim, depth, num_heads, decoder_embed_dim, decoder_num_heads, layer_scale = SIZES[model.size]
+    filled = {
+        "patch_size": patch_size,
+        "embed_dim": embed_dim,
+        "depth": depth,
+        "num_heads": num_heads,
+        "decoder_embed_dim": decoder_embed_dim if model.embed_dim is None else model.embed_dim,
+        "decoder_num_heads": decoder_num_heads if model.num_heads is None else model.num_heads,
+        "layer_scale_init": layer_scale,
+    }
+    given = {name: value for name, value in asdict(model).items() if value is not None}
+    shape = ModelShape(**filled | given)  # type: ignore[arg-type]
+    _check_shape(shape)
+    return shape
+
+
+def _check_shape(shape: ModelShape) -> None:
+    for name, value in asdict(shape).items():
+        lowest = 0 if name == "decoder_depth" else 1
+        if type(value) is int and value < lowest:
+            raise UserError(f"model.{name} is {value}: it must be at least {lowest}")
+    if shape.image_size % shape.patch_size:
+        near = max(1, round(shape.image_size / shape.patch_size)) * shape.patch_size
+        raise UserError(
+            f"model.image_size is {shape.image_size}, not a multiple of the patch size {shape.patch_size}: "
+            f"set model.image_size={near} or another model.patch_size"
+        )
+    if not 0 <= shape.drop_path_rate < 1:
+        raise UserError(f"model.drop_path_rate is {shape.drop_path_rate}: it must be at least 0 and below 1")
+    for name, width, heads in (
+        ("embed_dim", shape.embed_dim, shape.num_heads),
+        ("decoder_embed_dim", shape.decoder_embed_dim, shape.decoder_num_heads),
+    ):
+        if width % 4:
+            raise UserError(f"model.{name} is {width}: sine-cosine positions need a multiple of 4")
+        if heads > width:
+            raise UserError(f"model.{name} is {width} with {heads} heads: a head must be at least 1 wide")
+
+
+class CaeLosses(NamedTuple):
+    """Scalars on the device. total = main + alignment_weight * alignment; accuracy is top-1 over codes, or None."""
+
+    total: Tensor
+    main: Tensor
+    alignment: Tensor
+    accuracy: Tensor | None
+
+
+class CrossAttention(nn.Module):
+    """Multi-head cross-attention with biases on queries and values, none on keys."""
+
+    def __init__(self, embed_dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads, self.head_dim = num_heads, embed_dim // num_heads
+        inner = self.num_heads * self.head_dim
+        self.q = nn.Linear(embed_dim, inner, bias=False)
+        self.k = nn.Linear(embed_dim, inner, bias=False)
+        self.v = nn.Linear(embed_dim, inner, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(inner))
+        self.v_bias = nn.Parameter(torch.zeros(inner))
+        self.proj = nn.Linear(inner, embed_dim)
+
+    def key_value(self, key_input: Tensor, value_input: Tensor) -> tuple[Tensor, Tensor]:
+        key, value = self.k(key_input), F.linear(value_input, self.v.weight, self.v_bias)
+        return self._heads(key), self._heads(value)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, self.head_dim))  # (B, n, H, C)
+
+    def forward(self, query_input: Tensor, visible: tuple[Tensor, Tensor], masked: tuple[Tensor, Tensor]) -> Tensor:
+        query = self._heads(F.linear(query_input, self.q.weight, self.q_bias))  # (B, Nm, H, C)
+        attended = cross_attention(query, self.key_value(*visible), self.key_value(*masked), self.head_dim**-0.5)
+        return self.proj(attended.flatten(-2))  # (B, Nm, R)
+
+
+class RegressorBlock(nn.Module):
+    """Masked queries attend to [visible latents ; masked queries]; then norm2 replaces the residual stream.
+
+    x = norm2(x + drop(gamma_1 * attention)); the caller adds drop(gamma_2 * mlp(x)) together with the next norms.
+    """
+
+    def __init__(self, embed_dim: int, num_heads: int, layer_scale_init: float):
+        super().__init__()
+        self.norm_q = nn.LayerNorm(embed_dim, eps=NORM_EPS)
+        self.norm_k = nn.LayerNorm(embed_dim, eps=NORM_EPS)
+        self.norm_v = nn.LayerNorm(embed_dim, eps=NORM_EPS)
+        self.attn = CrossAttention(embed_dim, num_heads)
+        self.norm2 = nn.LayerNorm(embed_dim, eps=NORM_EPS)
+        self.mlp = Mlp(embed_dim, 4 * embed_dim)
+        self.gamma_1 = nn.Parameter(torch.full((embed_dim,), layer_scale_init))
+        self.gamma_2 = nn.Parameter(torch.full((embed_dim,), layer_scale_init))
+
+    def input_norms(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        return norm_parameters(self.norm_q), norm_parameters(self.norm_k), norm_parameters(self.norm_v)
+
+    def forward(
+        self,
+        x: Tensor,
+        normed: tuple[Tensor, Tensor, Tensor],
+        visible: tuple[Tensor, Tensor],
+        keep: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        attended = self.attn(normed[0], visible, normed[1:])
+        _, x = residual_norm(x, attended, self.gamma_1, keep, norm_parameters(self.norm2), NORM_EPS)
+        return x, self.mlp(x)
+
+
+class Regressor(nn.Module):
+    """Predicts the latents of the masked patches from those of the visible ones (paper, section 3.1)."""
+
+    def __init__(self, embed_dim: int, depth: int, num_heads: int, layer_scale_init: float):
+        super().__init__()
+        self.blocks = nn.ModuleList(RegressorBlock(embed_dim, num_heads, layer_scale_init) for _ in range(depth))
+        self.norm = nn.LayerNorm(embed_dim, eps=NORM_EPS)
+
+    def forward(
+        self,
+        queries: Tensor,
+        visible: Tensor,
+        pos_embed: Tensor,
+        visible_ids: Tensor,
+        masked_ids: Tensor,
+        keep: Tensor | None,
+    ) -> Tensor:
+        """queries: (B, Nm, R); visible: (B, Nv, R); pos_embed: (N, R); keep: (2 * depth, B). Returns (B, Nm, R)."""
+        x, branch = queries, None
+        for i, block in enumerate(self.blocks):
+            norm_q, norm_k, norm_v = block.input_norms()  # type: ignore[operator]
+            if branch is None:
+                normed = norm_qkv(x, pos_embed, masked_ids, norm_q, norm_k, norm_v, NORM_EPS)
+            else:
+                gamma, drop = self.blocks[i - 1].gamma_2, branch_keep(keep, i - 1)[1]
+                x, *normed = residual_norm_qkv(
+                    x, branch, gamma, drop, pos_embed, masked_ids, norm_q, norm_k, norm_v, NORM_EPS
+                )
+            _, *context = norm_qkv(visible, pos_embed, visible_ids, None, norm_k, norm_v, NORM_EPS)
+            x, branch = block(x, tuple(normed), tuple(context), branch_keep(keep, i)[0])
+        last, drop = self.blocks[-1].gamma_2, branch_keep(keep, len(self.blocks) - 1)[1]
+        return residual_norm(x, branch, last, drop, norm_parameters(self.norm), NORM_EPS)[1]
+
+
+class Decoder(nn.Module):
+    """Self-attention blocks over the masked tokens only, then one linear layer to the targets."""
+
+    def __init__(self, embed_dim: int, depth: int, num_heads: int, layer_scale_init: float, output_dim: int):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, layer_scale_init) for _ in range(depth))
+        if depth:
+            self.norm = nn.LayerNorm(embed_dim, eps=NORM_EPS)
+        self.head = nn.Linear(embed_dim, output_dim)
+
+    def forward(self, latents: Tensor, pos_embed: Tensor, ids: Tensor, keep: Tensor | None) -> Tensor:
+        """Features that the head reads. latents: (B, n, R); pos_embed: (N, R); ids: (B, n). Returns (B, n, R)."""
+        if not self.blocks:
+            return latents
+        return run_blocks(self.blocks, self.norm, latents + pos_embed[ids], keep)
+
+
+class ContextAutoencoder(nn.Module):
+    """CAE for pretraining.
+
+    output_dim: V for codes, P for pixels; predict_codes: cross-entropy over codes, else mean squared error.
+    """
+
+    regressor_pos_embed: Tensor
+
+    def __init__(self, model: ModelConfig, output_dim: int, predict_codes: bool, alignment_weight: float = 2.0):
+        super().__init__()
+        shape = resolve_model(model)
+        self.shape, self.predict_codes, self.alignment_weight = shape, predict_codes, alignment_weight
+        self.encoder = VisionTransformer(
+            shape.image_size, shape.patch_size, shape.embed_dim, shape.depth, shape.num_heads, shape.layer_scale_init
+        )
+        width, heads = shape.decoder_embed_dim, shape.decoder_num_heads
+        if width != shape.embed_dim:
+            self.encoder_to_regressor = nn.Linear(shape.embed_dim, width)
+            self.encoder_to_regressor_norm = nn.LayerNorm(width, eps=NORM_EPS)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        grid = self.encoder.grid
+        self.register_buffer("regressor_pos_embed", sincos_position_embedding(grid, grid, width)[None])
+        self.regressor = Regressor(width, shape.regressor_depth, heads, shape.layer_scale_init)
+        self.decoder = Decoder(width, shape.decoder_depth, heads, shape.layer_scale_init, output_dim)
+        initialize(self)
+        if shape.rescale_init:
+            for blocks in (self.encoder.blocks, self.regressor.blocks, self.decoder.blocks):
+                rescale_output_projections(blocks)
+
+    def branch_rates(self) -> list[float]:
+        """Drop-path rate of every residual branch, in the order of `keep`'s rows: encoder, encoder on the masked
+        patches, regressor, decoder; two branches a block."""
+        model = self.shape
+        encoder = drop_path_rates(model.drop_path_rate, model.depth)
+        target = encoder if model.align_drop_path else [0.0] * model.depth
+        regressor = drop_path_rates(model.drop_path_rate, model.regressor_depth)
+        decoder = drop_path_rates(model.drop_path_rate, model.decoder_depth)
+        return [rate for rate in (*encoder, *target, *regressor, *decoder) for _ in range(2)]
+
+    def to_regressor_width(self, latents: Tensor) -> Tensor:
+        """Latents (B, n, D) of the encoder in the regressor's width (B, n, R)."""
+        if self.shape.decoder_embed_dim == self.shape.embed_dim:
+            return latents
+        return self.encoder_to_regressor_norm(self.encoder_to_regressor(latents))
+
+    def predict_latents(
+        self, visible: Tensor, visible_ids: Tensor, masked_ids: Tensor, keep: Tensor | None = None
+    ) -> Tensor:
+        """z_m of the paper: (B, Nm, R) from visible patch latents (B, Nv, R)."""
+        queries = self.mask_token.expand(*masked_ids.shape, -1)  # (B, Nm, R)
+        return self.regressor(queries, visible, self.patch_positions(), visible_ids, masked_ids, keep)
+
+    def patch_positions(self) -> Tensor:
+        return self.regressor_pos_embed[0, 1:]  # (N, R)
+
+    def predict(self, images: Tensor, visible_ids: Tensor, masked_ids: Tensor) -> Tensor:
+        """Predictions at the masked patches, without drop path: (B, Nm, V) logits or (B, Nm, P) pixels."""
+        tokens, _ = self.encoder.tokens(images, visible_ids, None)
+        visible = self.to_regressor_width(self.encoder.encode(tokens))[:, 1:]
+        latents = self.predict_latents(visible, visible_ids, masked_ids)
+        return self.decoder.head(self.decoder(latents, self.patch_positions(), masked_ids, None))
+
+    def forward(
+        self, images: Tensor, visible_ids: Tensor, masked_ids: Tensor, targets: Tensor, keep: Tensor | None = None
+    ) -> CaeLosses:
+        """One training forward pass (paper, section 3.2).
+
+        images: (B, 3, S, S) normalized; visible_ids: (B, Nv), masked_ids: (B, Nm), int64, sorted; targets: codes
+        (B, Nm) int64 or pixels (B, Nm, P); keep: drop-path factors (len(branch_rates()), B) float32, or None.
+        """
+        depths = [2 * len(part.blocks) for part in (self.encoder, self.encoder, self.regressor, self.decoder)]
+        keeps = [None] * 4 if keep is None else keep.split(depths)
+        align = self.alignment_weight > 0
+        tokens, masked_tokens = self.encoder.tokens(images, visible_ids, masked_ids if align else None)
+        visible = self.to_regressor_width(self.encoder.encode(tokens, keeps[0]))[:, 1:]  # (B, Nv, R)
+        latents = self.predict_latents(visible, visible_ids, masked_ids, keeps[2])  # (B, Nm, R)
+        features = self.decoder(latents, self.patch_positions(), masked_ids, keeps[3])  # (B, Nm, R)
+        main, accuracy = self._prediction_loss(features, targets)
+        if masked_tokens is None:
+            return CaeLosses(main, main.detach(), torch.zeros_like(main), accuracy)
+        with torch.no_grad():
+            target_latents = self.to_regressor_width(self.encoder.encode(masked_tokens, keeps[1])[:, 1:])
+        alignment = alignment_loss(latents, target_latents)
+        total = main + self.alignment_weight * alignment
+        return CaeLosses(total, main.detach(), alignment.detach(), accuracy)
+
+    def _prediction_loss(self, features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
+        head = self.decoder.head
+        if self.predict_codes:
+            return linear_cross_entropy(features.flatten(0, 1), head.weight, head.bias, targets.flatten())
+        return alignment_loss(head(features), targets), None

@@ -1,0 +1,108 @@
+"""Files of a run: training state for resuming, the consolidated model, and the encoder under timm's names.
+
+RUN/checkpoints/step_00001250.safetensors   parameters, moments and step counts in float32, run facts in the header
+RUN/model.safetensors                       everything, float32, our names
+RUN/encoder.safetensors                     what timm's VisionTransformer loads
+"""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cae_fast.config import UserError
+
+STATE_FILE = re.compile(r"step_(\d{8})\.safetensors")
+
+
+def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write under a temporary name, flush to disk, then rename: a crash leaves the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def state_files(run_dir: Path) -> list[tuple[int, Path]]:
+    """(step, file) of every complete training state of a run, oldest first."""
+    folder = run_dir / "checkpoints"
+    found = [(STATE_FILE.fullmatch(p.name), p) for p in folder.glob("step_*.safetensors")]
+    return sorted((int(match.group(1)), path) for match, path in found if match)
+
+
+def save_state(run_dir: Path, step: int, state: dict[str, Tensor], facts: dict[str, Any], keep: set[int]) -> Path:
+    """Write the training state after `step` steps and prune older ones except the steps in `keep`.
+
+    `facts` is JSON that `load_state` gives back: step, configuration, data fingerprint.
+    """
+    path = run_dir / "checkpoints" / f"step_{step:08d}.safetensors"
+    write_safetensors(path, state, {"cae_fast": json.dumps(facts)})
+    for old_step, old in state_files(run_dir):
+        if old_step < step and old_step not in keep:
+            old.unlink()
+    return path
+
+
+def remove_leftovers(run_dir: Path) -> None:
+    """Delete what a killed process left half written."""
+    for folder in (run_dir, run_dir / "checkpoints"):
+        for leftover in folder.glob(".*.tmp"):
+            leftover.unlink()
+
+
+def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors on the CPU, and the facts. Raises UserError for a file that is not one of ours."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        return load_file(path), json.loads(metadata["cae_fast"])
+    except (SafetensorError, KeyError, OSError) as error:
+        raise UserError(f"{path} is not a training state of cae_fast: {error}") from error
+
+
+def encoder_for_timm(model_state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The encoder under the names of timm's VisionTransformer(init_values=...), qkv.bias = [q_bias, 0, v_bias]."""
+    encoder = {k.removeprefix("encoder."): v for k, v in model_state.items() if k.startswith("encoder.")}
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in encoder.items():
+        if name.endswith("attn.q_bias"):
+            value = encoder[name.replace("q_bias", "v_bias")]
+            renamed[name.replace("q_bias", "qkv.bias")] = torch.cat((tensor, torch.zeros_like(tensor), value))
+        elif not name.endswith("attn.v_bias"):
+            renamed[re.sub(r"gamma_([12])$", r"ls\1.gamma", name)] = tensor
+    return renamed
+
+
+def save_model(run_dir: Path, model_state: dict[str, Tensor], facts: dict[str, Any]) -> None:
+    """Write model.safetensors and encoder.safetensors; `facts` (JSON) describe the model in their headers."""
+    cpu = {name: tensor.cpu() for name, tensor in model_state.items()}
+    metadata = {"format": "pt", "cae_fast": json.dumps(facts)}
+    write_safetensors(run_dir / "model.safetensors", cpu, metadata)
+    write_safetensors(run_dir / "encoder.safetensors", encoder_for_timm(cpu), metadata)
+
+
+def load_model_weights(path: str) -> dict[str, Tensor]:
+    """Tensors of a model.safetensors. Raises UserError where there is no such file or it is something else."""
+    if not Path(path).is_file():
+        raise UserError(f"train.init_from is {path}: there is no such file")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"train.init_from is {path}: not a safetensors file ({error})") from error

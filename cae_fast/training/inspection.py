@@ -1,0 +1,67 @@
+"""What a model knows: a k-NN probe of its frozen encoder and reconstructions of masked images.
+
+B batch, N patches, Nm masked, D width, S image side, P = 3 p^2 values of a patch.
+"""
+
+from collections.abc import Generator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cae_fast.config import DataConfig, PretrainConfig, UserError
+from cae_fast.data.index import index_for
+from cae_fast.data.loader import Mask, labelled_loader
+from cae_fast.data.normalize import Normalize
+from cae_fast.models.cae import ContextAutoencoder
+from cae_fast.models.tokenizers import PixelTargets
+from cae_fast.training.knn_probe import extract_features, knn_accuracy
+from cae_fast.training.pictures import save_reconstructions
+
+
+@dataclass
+class Inspection:
+    """The model in training, with all it needs to look at images."""
+
+    config: PretrainConfig
+    model: ContextAutoencoder
+    targets: PixelTargets
+    normalize: Normalize
+    mask: Mask
+    dtype: torch.dtype
+    device: torch.device
+
+    def knn_accuracy(self) -> float:
+        """Top-1 of the weighted k-NN probe on `probe.train` and `probe.test`, features = mean of the patch tokens."""
+        probe = self.config.probe
+        train_x, train_y = extract_features(self.patch_features, self._labelled(self._probe_data(probe.train), 256))
+        test_x, test_y = extract_features(self.patch_features, self._labelled(self._probe_data(probe.test), 256))
+        if min(train_y.min(), test_y.min()) < 0:
+            raise UserError(f"probe.train {probe.train} and probe.test {probe.test}: a probe needs a folder per class")
+        return knn_accuracy(train_x, train_y, test_x, test_y, probe.k, num_classes=int(train_y.max()) + 1)
+
+    def patch_features(self, images: Tensor) -> Tensor:
+        tokens = self.model.encoder(self.normalize(images.to(self.device)).to(self.dtype))  # (B, N + 1, D)
+        return tokens[:, 1:].float().mean(1)  # (B, D)
+
+    @torch.no_grad()
+    def save_reconstructions(self, out: Path) -> None:
+        """Input, mask and prediction of eight images, of the probe's test images where there are some."""
+        data = self.config.data if not self.config.probe.test else self._probe_data(self.config.probe.test)
+        raw = next(self._labelled(data, 8))[0].to(self.device)
+        visible_ids, masked_ids = (ids.to(self.device) for ids in self.mask(torch.arange(len(raw))))
+        images = self.normalize(raw)  # (8, 3, S, S)
+        predicted = self.model.predict(images.to(self.dtype), visible_ids, masked_ids).float()  # (8, Nm, P)
+        pixels = self.targets.decode(predicted, images, masked_ids).unflatten(-1, (-1, 3))
+        pixels = self.normalize.invert(pixels.movedim(-1, 1)).movedim(1, -1).flatten(-2)
+        save_reconstructions(out, raw.float() / 255, masked_ids, pixels, self.targets.patch_size)
+
+    def _probe_data(self, path: str | None) -> DataConfig:
+        if not path:
+            raise UserError("probe.train and probe.test: set both or neither")
+        return replace(self.config.data, path=path, index=None)
+
+    def _labelled(self, data: DataConfig, batch_size: int) -> Generator[tuple[Tensor, Tensor], None, None]:
+        index = index_for(data, Path(self.config.train.run_dir))
+        return labelled_loader(index, self.model.shape.image_size, batch_size, num_workers=0)

@@ -1,0 +1,74 @@
+"""Continue a run, or start one from other weights; refuse what would silently be another experiment."""
+
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from cae_fast.config import PretrainConfig, UserError
+from cae_fast.training.checkpoint import load_model_weights, load_state, state_files
+from cae_fast.training.engine import Engine
+
+log = logging.getLogger(__name__)
+
+FREE_TO_CHANGE = {
+    *("log", "checkpoint", "probe", "data.path", "data.index", "data.num_workers"),
+    *("train.run_dir", "train.device", "train.micro_batch_size", "train.resume", "train.init_from", "train.max_steps"),
+}
+
+
+def newest_state(config: PretrainConfig) -> Path | None:
+    """The training state to continue from, None for a new run; UserError where train.resume forbids it."""
+    mode = config.train.resume
+    if mode not in ("auto", "never", "force"):
+        raise UserError(f"train.resume is {mode!r}: set auto, never or force")
+    states = state_files(Path(config.train.run_dir))
+    if mode == "never" and states:
+        raise UserError(
+            f"train.run_dir {config.train.run_dir} holds a run at step {states[-1][0]} and train.resume is never: "
+            "choose another train.run_dir"
+        )
+    return states[-1][1] if states else None
+
+
+def resume(config: PretrainConfig, engine: Engine, path: Path, data_fingerprint: str) -> int:
+    """Load a training state. Returns the steps already done; UserError where it belongs to another experiment."""
+    state, facts = load_state(path)
+    changed = changed_settings(facts["config"], asdict(config))
+    if facts["data"] != data_fingerprint:
+        changed.append("data (the images or their order changed)")
+    if changed and config.train.resume != "force":
+        raise UserError(
+            f"{path} was trained with other settings: {'; '.join(changed)}. "
+            "Choose another train.run_dir, or train.resume=force to continue all the same"
+        )
+    try:
+        engine.load_state(state)
+    except (KeyError, RuntimeError) as error:
+        raise UserError(f"{path} holds another model than these settings describe: {error}") from error
+    log.info("resumed from %s", path)
+    return facts["step"]
+
+
+def changed_settings(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Settings that change what is computed, as `name was A, is B`."""
+    changed = []
+    for key, value in new.items():
+        name = prefix + key
+        if name in FREE_TO_CHANGE:
+            continue
+        if isinstance(value, dict):
+            changed += changed_settings(old.get(key, {}), value, f"{name}.")
+        elif value != old.get(key):
+            changed.append(f"{name} was {old.get(key)}, is {value}")
+    return changed
+
+
+def load_weights(model: nn.Module, path: str) -> None:
+    """Start from a model.safetensors; UserError names what does not fit."""
+    try:
+        model.load_state_dict(load_model_weights(path))
+    except RuntimeError as error:
+        raise UserError(f"train.init_from is {path}: {' '.join(str(error).split())[:300]}") from error

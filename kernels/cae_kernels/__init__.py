@@ -1,0 +1,27 @@
+"""Fused ops of the context autoencoder; every op has a plain torch reference beside it."""
+
+from .alignment_loss import alignment_loss
+from .attention import attention
+from .block_mask import block_mask, random_mask
+from .cross_attention import cross_attention
+from .gather_tokens import gather_tokens
+from .linear_cross_entropy import linear_cross_entropy
+from .linear_gelu import linear_gelu
+from .philox import drop_path_scales
+from .residual_norm import layer_norm, norm_qkv, residual_norm, residual_norm_qkv
+
+__all__ = [
+    "alignment_loss",
+    "attention",
+    "block_mask",
+    "cross_attention",
+    "drop_path_scales",
+    "gather_tokens",
+    "layer_norm",
+    "linear_cross_entropy",
+    "linear_gelu",
+    "norm_qkv",
+    "random_mask",
+    "residual_norm",
+    "residual_norm_qkv",
+]

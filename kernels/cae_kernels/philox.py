@@ -1,0 +1,68 @@
+"""Counter-based random numbers: Philox4x32-10 (Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, SC 2011).
+
+A number is a pure function of (seed; draw, global sample position, stream), so no generator has a state to save, and
+the order, the split into batches and the device do not matter. Counter words: c0 draw number, c1 and c3 the low and
+high 32 bits of the position, c2 the stream; key: the low and high 32 bits of the seed.
+
+Shapes: B samples, L drop-path branches.
+"""
+
+import torch
+from torch import Tensor
+
+STREAM_CROP = 1
+STREAM_FLIP = 2
+STREAM_MASK = 3
+STREAM_DROP_PATH = 4
+
+_LOW_32 = 0xFFFFFFFF
+_MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
+_WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
+_ROUNDS = 10
+
+
+def philox4x32(seed: int, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Four 32-bit random words per counter.
+
+    seed: the key, taken modulo 2**64. c0 to c3: counter words, int64 in [0, 2**32), shapes that broadcast.
+    Returns four int64 tensors of the broadcast shape with values in [0, 2**32).
+    """
+    k0, k1 = seed & _LOW_32, seed >> 32 & _LOW_32
+    for _ in range(_ROUNDS):
+        high_0, low_0 = _multiply(c0, _MULTIPLIER_0)
+        high_1, low_1 = _multiply(c2, _MULTIPLIER_1)
+        c0, c1, c2, c3 = high_1 ^ c1 ^ k0, low_1, high_0 ^ c3 ^ k1, low_0
+        k0, k1 = (k0 + _WEYL_0) & _LOW_32, (k1 + _WEYL_1) & _LOW_32
+    return c0, c1, c2, c3
+
+
+def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of a * b for 32-bit words; all intermediates stay below 2**49, so int64 never overflows."""
+    lower = a * (b & 0xFFFF)
+    upper = a * (b >> 16) + (lower >> 16)
+    return upper >> 16, (upper & 0xFFFF) << 16 | lower & 0xFFFF
+
+
+def uniform(bits: Tensor) -> Tensor:
+    """float32 in [0, 1), a multiple of 2**-24, from the top 24 of 32 random bits (int64 in [0, 2**32))."""
+    return (bits >> 8).to(torch.float32) * 2.0**-24
+
+
+def draw(seed: int, stream: int, draws: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """philox4x32 with this project's counter layout; draws and positions are int64 tensors >= 0 that broadcast."""
+    stream_word = torch.full((), stream, device=positions.device)
+    return philox4x32(seed, draws, positions & _LOW_32, stream_word, positions >> 32)
+
+
+def drop_path_scales(seed: int, positions: Tensor, rates: Tensor) -> Tensor:
+    """What each residual branch of each sample is multiplied by (Huang et al., Deep Networks with Stochastic Depth).
+
+    positions: (B,) int64, the samples' global positions. rates: (L,) float32 in [0, 1), drop probability per branch,
+    on the same device. Returns (L, B) float32: 0 with probability rates[l], else 1 / (1 - rates[l]).
+    Branch l uses word l % 4 of draw l // 4 of STREAM_DROP_PATH.
+    """
+    draws = torch.arange((len(rates) + 3) // 4, device=positions.device)[:, None]  # (ceil(L / 4), 1)
+    words = torch.stack(draw(seed, STREAM_DROP_PATH, draws, positions[None]), dim=1)  # (ceil(L / 4), 4, B)
+    numbers = uniform(words.flatten(0, 1)[: len(rates)])  # (L, B)
+    keep = numbers >= rates[:, None]
+    return keep.to(torch.float32) / (1.0 - rates[:, None])  # (L, B)

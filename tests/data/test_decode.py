@@ -1,0 +1,202 @@
+import gzip
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import cae_fast.data
+from cae_fast.data import decode
+from cae_fast.data.decode import DecodeError, decode_rgb, resize, resize_and_center_crop, resized_crop
+
+BUNDLED = sorted((Path(cae_fast.data.__file__).parent / "bundled" / "photographs").glob("*.jpg"))
+PIL_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANCZOS}
+
+
+def pil_rgb(data):
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def files(photograph, encode):
+    """Every kind of file that Pillow's convert("RGB") defines the pixels of."""
+    image = Image.fromarray(photograph(120, 91))
+    rotated = Image.Exif()
+    rotated[0x0112] = 6
+    alpha = image.copy()
+    alpha.putalpha(image.convert("L"))
+    palette = image.quantize(64)
+    return {
+        "jpeg 4:2:0": encode(image, "JPEG", quality=90, subsampling="4:2:0"),
+        "jpeg 4:2:2": encode(image, "JPEG", quality=70, subsampling="4:2:2"),
+        "jpeg 4:4:4": encode(image, "JPEG", quality=95, subsampling="4:4:4"),
+        "jpeg progressive": encode(image, "JPEG", progressive=True),
+        "jpeg gray": encode(image.convert("L"), "JPEG"),
+        "jpeg cmyk": encode(image.convert("CMYK"), "JPEG"),
+        "jpeg exif": encode(image, "JPEG", exif=rotated),
+        "jpeg garbage behind": encode(image, "JPEG") + b"garbage" * 100,
+        "png rgb": encode(image, "PNG"),
+        "png gray": encode(image.convert("L"), "PNG"),
+        "png gray alpha": encode(alpha.convert("LA"), "PNG"),
+        "png 1 bit": encode(image.convert("1"), "PNG"),
+        "png palette": encode(palette, "PNG"),
+        "png palette transparent": encode(palette, "PNG", transparency=3),
+        "png palette alphas": encode(palette, "PNG", transparency=bytes(range(64))),
+        "png rgba": encode(alpha, "PNG"),
+        "png exif": encode(image, "PNG", exif=rotated),
+        "webp": encode(image, "WEBP", quality=80),
+        "webp lossless alpha": encode(alpha, "WEBP", lossless=True),
+        "bmp": encode(image, "BMP"),
+        "bmp palette": encode(palette, "BMP"),
+    }
+
+
+def test_pixels_equal_pillow(photograph, encode):
+    for kind, data in files(photograph, encode).items():
+        pixels = decode_rgb(data)
+        assert pixels.shape == (120, 91, 3), kind
+        assert pixels.dtype == np.uint8, kind
+        assert np.array_equal(pixels, pil_rgb(data)), kind
+        assert np.array_equal(decode_rgb(data, (120, 91)), pixels), kind
+        assert np.array_equal(decode_rgb(gzip.compress(data)), pixels), kind
+
+
+@pytest.mark.parametrize("path", BUNDLED, ids=lambda path: path.stem)
+def test_photographs_equal_pillow(path):
+    data = path.read_bytes()
+    assert np.array_equal(decode_rgb(data), pil_rgb(data))
+
+
+def test_16_bit_gray_keeps_its_upper_8_bits(encode):
+    values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    pixels = decode_rgb(encode(Image.fromarray(values), "PNG"))
+    assert np.array_equal(pixels, np.repeat((values // 256)[:, :, None], 3, axis=2))
+
+
+def test_one_pixel(encode):
+    for format in ("PNG", "BMP"):
+        data = encode(np.array([[[9, 8, 7]]], np.uint8), format)
+        assert decode_rgb(data).tolist() == [[[9, 8, 7]]]
+
+
+def test_truncated_files_fail_wherever_they_are_cut(photograph, encode):
+    for kind, data in files(photograph, encode).items():
+        if kind == "jpeg garbage behind":
+            continue
+        for share in (0.02, 0.3, 0.6, 0.97):
+            cut = data[: int(share * len(data))]
+            with pytest.raises(DecodeError):
+                decode_rgb(cut)
+            with pytest.raises(DecodeError):
+                decode_rgb(gzip.compress(cut))
+
+
+def test_truncated_jpeg_with_a_zero_tail_fails(photograph, encode):
+    for options in ({}, {"progressive": True}):
+        data = encode(photograph(200, 300), "JPEG", quality=90, **options)
+        for share in (0.3, 0.9, 0.99):
+            kept = int(share * len(data))
+            with pytest.raises(DecodeError):
+                decode_rgb(data[:kept] + bytes(len(data) - kept))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"\xff\xd8", b"\xff\xd8\xff", b"<html>no image</html>", b"\x1f\x8b", b"\x89PNG\r\n\x1a\n", b"BM", bytes(5000)],
+    ids=repr,
+)
+def test_no_image_at_all(data):
+    with pytest.raises(DecodeError):
+        decode_rgb(data)
+
+
+def test_gif_is_refused(photograph, encode):
+    with pytest.raises(DecodeError):
+        decode_rgb(encode(photograph(20, 20), "GIF"))
+
+
+def test_damaged_gzip(photograph, encode):
+    data = gzip.compress(encode(photograph(20, 20), "PNG"))
+    with pytest.raises(DecodeError, match="gzip"):
+        decode_rgb(data[:-20])
+    with pytest.raises(DecodeError, match="gzip"):
+        decode_rgb(data[:30] + b"\xff" * 40 + data[70:])
+
+
+def test_another_size_is_refused_before_decoding(photograph, encode):
+    for format in ("JPEG", "PNG", "WEBP", "BMP"):
+        with pytest.raises(DecodeError, match=r"is 20 x 30 pixels .*expected 30 x 20"):
+            decode_rgb(encode(photograph(20, 30), format), (30, 20))
+
+
+def worst_mean_difference(image, boxes, size, filter, crop):
+    """Mean absolute difference from Pillow's crop and resize, in gray levels, over all boxes."""
+    differences = []
+    for top, left, height, width in boxes:
+        expected = Image.fromarray(image).crop((left, top, left + width, top + height))
+        expected = np.asarray(expected.resize((size, size), PIL_FILTERS[filter])).astype(int)
+        ours = crop(image, (top, left, height, width), False, size, filter)
+        assert ours.shape == (3, size, size)
+        assert ours.dtype == torch.uint8
+        differences.append(np.abs(ours.permute(1, 2, 0).numpy() - expected).mean())
+    return max(differences)
+
+
+def random_boxes(height, width, count, seed):
+    random = np.random.default_rng(seed)
+    for _ in range(count):
+        h, w = random.integers(8, height + 1), random.integers(8, width + 1)
+        yield random.integers(0, height - h + 1), random.integers(0, width - w + 1), h, w
+
+
+@pytest.mark.parametrize(("size", "filter"), [(224, "bicubic"), (112, "lanczos"), (28, "bicubic"), (448, "lanczos")])
+def test_resized_crop_is_pillows(photograph, size, filter):
+    images = [photograph(375, 500), *(decode_rgb(path.read_bytes()) for path in BUNDLED[:3])]
+    for seed, image in enumerate(images):
+        boxes = [(0, 0, *image.shape[:2]), *random_boxes(*image.shape[:2], 6, seed)]
+        assert worst_mean_difference(image, boxes, size, filter, resized_crop) < 0.05
+
+
+def test_lanczos_without_torch_is_pillows(photograph, monkeypatch):
+    image = photograph(200, 300)
+    monkeypatch.setattr(decode, "TORCH_HAS_LANCZOS", False)
+    assert worst_mean_difference(image, random_boxes(200, 300, 6, 0), 112, "lanczos", resized_crop) == 0
+
+
+def test_flip_mirrors_the_view(photograph):
+    image = photograph(100, 140)
+    for filter in PIL_FILTERS:
+        straight = resized_crop(image, (10, 20, 60, 80), False, 48, filter)
+        mirrored = resized_crop(image, (10, 20, 60, 80), True, 48, filter)
+        assert not torch.equal(straight, mirrored)
+        assert torch.equal(mirrored.flip(-1), straight)
+
+
+def test_same_size_is_the_identity(photograph):
+    image = np.random.default_rng(0).integers(0, 256, (28, 28, 3), dtype=np.uint8)
+    for filter in PIL_FILTERS:
+        assert np.array_equal(resize(image, 28, 28, filter).permute(1, 2, 0), image)
+    assert np.array_equal(resize_and_center_crop(image, 28).permute(1, 2, 0), image)
+
+
+def test_unknown_filter(photograph):
+    with pytest.raises(ValueError, match="restricted to"):
+        resize(photograph(10, 10), 5, 5, "nonsense")
+
+
+@pytest.mark.parametrize(("height", "width"), [(375, 500), (500, 375), (64, 64), (40, 90), (333, 500)])
+def test_center_crop_is_pillows(photograph, height, width):
+    image = photograph(height, width)
+    short = min(height, width)
+    new_height, new_width = int(96 * height / short), int(96 * width / short)
+    top, left = round((new_height - 96) / 2), round((new_width - 96) / 2)
+    resized = Image.fromarray(image).resize((new_width, new_height), Image.Resampling.BICUBIC)
+    expected = np.asarray(resized.crop((left, top, left + 96, top + 96))).astype(int)
+    ours = resize_and_center_crop(image, 96).permute(1, 2, 0).numpy()
+    assert np.abs(ours - expected).mean() < 0.05
+
+
+@pytest.mark.parametrize("shape", [(1, 20_000, 3), (20_000, 2, 3), (1, 1, 3)])
+def test_center_crop_of_a_strip_stays_small(shape):
+    assert resize_and_center_crop(np.full(shape, 77, np.uint8), 64).unique().tolist() == [77]

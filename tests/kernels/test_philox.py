@@ -1,0 +1,120 @@
+import pytest
+import scipy.stats
+import torch
+from cae_kernels.philox import STREAM_DROP_PATH, STREAM_MASK, draw, drop_path_scales, philox4x32, uniform
+
+ONES = 2**32 - 1
+
+
+def words(seed, *counter):
+    return [word.item() for word in philox4x32(seed, *(torch.tensor(part) for part in counter))]
+
+
+# Known answers of the Random123 library (kat_vectors, philox4x32 with 10 rounds).
+@pytest.mark.parametrize(
+    ("counter", "key", "expected"),
+    [
+        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((ONES, ONES, ONES, ONES), (ONES, ONES), (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ],
+)
+def test_known_answers(counter, key, expected):
+    assert words(key[0] | key[1] << 32, *counter) == list(expected)
+
+
+def plain_philox(seed, counter):
+    """The paper's algorithm in unbounded Python integers."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = seed % 2**32, seed // 2**32 % 2**32
+    for _ in range(10):
+        left, right = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1, c2, c3 = (right // 2**32) ^ c1 ^ k0, right % 2**32, (left // 2**32) ^ c3 ^ k1, left % 2**32
+        k0, k1 = (k0 + 0x9E3779B9) % 2**32, (k1 + 0xBB67AE85) % 2**32
+    return [c0, c1, c2, c3]
+
+
+def test_broadcast_counters_agree_with_python_integers():
+    seed = 0xFEDCBA9876543210
+    draws = torch.tensor([[0], [1], [ONES]])
+    positions = torch.tensor([0, 5, 2**31, 2**32 - 1, 2**32, 2**45 + 3])
+    result = draw(seed, STREAM_MASK, draws, positions)
+    for row, number in enumerate(draws.flatten().tolist()):
+        for column, position in enumerate(positions.tolist()):
+            counter = (number, position % 2**32, STREAM_MASK, position // 2**32)
+            assert [word[row, column].item() for word in result] == plain_philox(seed, counter)
+
+
+def test_uniform_takes_the_top_24_bits_and_stays_below_one():
+    bits = torch.tensor([0, 255, 256, 2**31, 2**32 - 1])
+    assert uniform(bits).tolist() == [0.0, 0.0, 2.0**-24, 0.5, 1.0 - 2.0**-24]
+    assert uniform(bits).dtype == torch.float32
+
+
+def test_uniform_passes_kolmogorov_smirnov_and_words_are_uncorrelated():
+    sample = torch.stack([uniform(word) for word in draw(3, STREAM_MASK, torch.tensor(0), torch.arange(50_000))])
+    for numbers in sample:
+        assert scipy.stats.kstest(numbers.numpy(), "uniform").pvalue > 1e-4
+    neighbours = torch.cat((sample[:, :-1], sample[:, 1:]))  # the four words of a position and of the next one
+    correlation = torch.corrcoef(neighbours) - torch.eye(8)
+    assert correlation.abs().max() < 5 / 50_000**0.5
+
+
+RATES = torch.tensor([0.0, 0.01, 0.05, 0.1, 0.3, 0.5, 0.9])
+
+
+def test_drop_path_scales_drop_each_branch_with_its_rate():
+    samples = 40_000
+    scales = drop_path_scales(11, torch.arange(samples), RATES)
+    assert scales.shape == (len(RATES), samples)
+    assert scales.dtype == torch.float32
+    for branch, rate in zip(scales, RATES, strict=True):
+        dropped = int((branch == 0).sum())
+        assert torch.all((branch == 0) | (branch == 1 / (1 - rate)))
+        assert scipy.stats.binomtest(dropped, samples, rate.item()).pvalue > 1e-4
+        deviation = (rate / (1 - rate) / samples).sqrt()  # standard error of a mean of 1
+        assert abs(branch.mean() - 1) <= 5 * deviation + 1e-6
+
+
+def test_drop_path_scales_drop_branches_independently():
+    dropped = drop_path_scales(12, torch.arange(40_000), torch.full((6,), 0.3)) == 0
+    correlation = torch.corrcoef(dropped.to(torch.float32)) - torch.eye(6)
+    assert correlation.abs().max() < 5 / 40_000**0.5
+
+
+def test_drop_path_scales_follow_the_documented_layout():
+    positions = [0, 7, 2**32 + 9]
+    rates = torch.full((6,), 0.5)
+    scales = drop_path_scales(2**40 + 5, torch.tensor(positions), rates)
+    for branch in range(6):
+        for sample, position in enumerate(positions):
+            counter = (branch // 4, position % 2**32, STREAM_DROP_PATH, position // 2**32)
+            number = plain_philox(2**40 + 5, counter)[branch % 4] // 2**8 / 2**24
+            assert scales[branch, sample].item() == (0.0 if number < 0.5 else 2.0)
+
+
+def test_drop_path_scales_do_not_depend_on_batch_split_or_branch_count():
+    positions = torch.arange(1000, 1064)
+    whole = drop_path_scales(5, positions, RATES)
+    parts = [drop_path_scales(5, part, RATES) for part in positions.split(17)]
+    assert torch.equal(whole, torch.cat(parts, dim=1))
+    assert torch.equal(whole[:3], drop_path_scales(5, positions, RATES[:3]))
+    assert not torch.equal(whole, drop_path_scales(6, positions, RATES))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_cuda_makes_the_same_numbers():
+    positions = torch.arange(300) + 2**33
+    on_device = drop_path_scales(5, positions.cuda(), RATES.cuda()).cpu()
+    assert torch.equal(on_device, drop_path_scales(5, positions, RATES))
+    for cpu, cuda in zip(
+        draw(1, STREAM_MASK, torch.tensor(9), positions),
+        draw(1, STREAM_MASK, torch.tensor(9, device="cuda"), positions.cuda()),
+        strict=True,
+    ):
+        assert torch.equal(cpu, cuda.cpu())
