@@ -17,7 +17,7 @@ COMMANDS = {
 
 def usage() -> str:
     rows = "\n".join(f"  {name:10s} {text}" for name, text in COMMANDS.items())
-    return f"usage: cae-fast COMMAND ...\n\n{rows}\n\n`cae-fast COMMAND --help` tells more about one, --version {__version__}"
+    return f"usage: cae-fast COMMAND ...\n\n{rows}\n\n`cae-fast COMMAND --help` tells more. Version {__version__}."
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -119,7 +119,7 @@ class TrainConfig:
     micro_batch_size: int | None = None
     """Images per forward pass and process; empty: the global batch over the processes. Accumulation follows."""
     resume: str = "auto"
-    """auto: continue when run_dir holds a checkpoint; never: refuse such a folder; force: auto, with changed settings."""
+    """auto: continue when run_dir holds a checkpoint; never: refuse such a folder; force: with changed settings too."""
     init_from: str | None = None
     """A model.safetensors to start the weights from (a new run, step 0)."""
     max_steps: int | None = None
@@ -139,6 +139,7 @@ class LogConfig:
     every_steps: int = 10
     """Steps between log lines; the only time metrics leave the device."""
     tensorboard: bool = True
+    """Write TensorBoard's event files to run_dir/tensorboard."""
     wandb: str | None = None
     """Weights & Biases project; needs the wandb package."""
     profile: list[int] = field(default_factory=list)

@@ -1,6 +1,7 @@
 """`cae-fast index DIR`: scan a folder of images once and write its index."""
 
 import argparse
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -21,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    root = Path(args.dir).expanduser().absolute()
+    root = Path(os.path.abspath(Path(args.dir).expanduser()))
     if args.max_pixels < 1:
         raise UserError(f"--max-pixels={args.max_pixels}: must be at least 1")
     out = Path(args.out) if args.out else Path(f"{root.name or 'root'}.index")

@@ -265,6 +265,12 @@ def check_training(config: PretrainConfig) -> None:
         raise UserError(f"train.precision is {config.train.precision!r}: set one of {', '.join(PRECISIONS)}")
     if config.train.seed < 0:
         raise UserError(f"train.seed is {config.train.seed}: it must be at least 0")
+    if config.train.max_steps is not None and config.train.max_steps < 1:
+        raise UserError(f"train.max_steps is {config.train.max_steps}: it must be at least 1")
+    if bool(config.probe.train) != bool(config.probe.test):
+        raise UserError(f"probe.train is {config.probe.train}, probe.test {config.probe.test}: set both or neither")
+    if config.data.path and config.data.index:
+        raise UserError(f"data.path is {config.data.path} and data.index {config.data.index}: set one of them")
     if config.checkpoint.every_epochs < 1 or config.checkpoint.keep_every_epochs < 0:
         raise UserError(
             f"checkpoint.every_epochs is {config.checkpoint.every_epochs}, checkpoint.keep_every_epochs "
@@ -312,8 +318,18 @@ def make_mask(mask: MaskConfig, grid: int, seed: int) -> tuple[Mask, int]:
     if mask.kind not in ("block", "random"):
         raise UserError(f"mask.kind is {mask.kind!r}: set block or random")
     if mask.kind == "block":
-        shape = {"min_block": mask.min_block, "max_block": mask.max_block, "min_aspect": mask.min_aspect}
-        draw = partial(block_mask, seed=seed, height=grid, width=grid, num_masked=num_masked, **shape)
+        if mask.min_block > num_masked:
+            raise UserError(f"mask.min_block is {mask.min_block}: more than the {num_masked} patches that are masked")
+        draw = partial(
+            block_mask,
+            seed=seed,
+            height=grid,
+            width=grid,
+            num_masked=num_masked,
+            min_block=mask.min_block,
+            max_block=mask.max_block,
+            min_aspect=mask.min_aspect,
+        )
     try:
         draw(torch.zeros(1, dtype=torch.int64))
     except ValueError as error:

@@ -148,7 +148,7 @@ def index_for(data: DataConfig, run_dir: Path) -> ImageIndex:
     else:
         root = resolve_data_path(data.path)
         key = hashlib.sha256(os.fsencode(root) + b"\0" + str(data.max_pixels).encode()).hexdigest()[:8]
-        folder = Path(run_dir).absolute().parent / "indexes" / f"{root.name or 'root'}-{key}.index"
+        folder = Path(os.path.abspath(run_dir)).parent / "indexes" / f"{root.name or 'root'}-{key}.index"
         index = open_index(folder) if folder.exists() else build_index(root, folder, data.max_pixels, replace=False)
     logger.info(
         "data: %s: %d images, %d classes, %d bad files (listed in %s); scanned %s, delete %s to scan again",
@@ -165,7 +165,7 @@ def resolve_data_path(path: str) -> Path:
         from cae_fast.data.bundled import bundled_path
 
         return bundled_path(path.removeprefix("bundled:"))
-    root = Path(path).expanduser().absolute()
+    root = Path(os.path.abspath(Path(path).expanduser()))
     if not root.is_dir():
         raise UserError(f"data.path={path}: is not a folder")
     return root
@@ -180,7 +180,7 @@ def build_index(root: Path, out: Path, max_pixels: int, num_threads: int = 16, r
     processes may then make the same one at once).
     Raises UserError when root is no folder, holds no usable image, contains `out`, or `out` is something else.
     """
-    root, out = Path(root).absolute(), Path(out).absolute()
+    root, out = Path(os.path.abspath(root)), Path(os.path.abspath(out))
     if not root.is_dir():
         raise UserError(f"{root} is not a folder of images")
     if out.resolve().is_relative_to(root.resolve()):

@@ -7,11 +7,12 @@ V codes, P = 3 p^2 values of a patch.
 """
 
 from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from cae_kernels import (
+    QKV,
     alignment_loss,
     cross_attention,
     linear_cross_entropy,
@@ -82,7 +83,7 @@ def resolve_model(model: ModelConfig) -> ModelShape:
         "layer_scale_init": layer_scale,
     }
     given = {name: value for name, value in asdict(model).items() if value is not None}
-    shape = ModelShape(**filled | given)  # type: ignore[arg-type]
+    shape = ModelShape(**filled | given)
     _check_shape(shape)
     return shape
 
@@ -166,14 +167,9 @@ class RegressorBlock(nn.Module):
     def input_norms(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         return norm_parameters(self.norm_q), norm_parameters(self.norm_k), norm_parameters(self.norm_v)
 
-    def forward(
-        self,
-        x: Tensor,
-        normed: tuple[Tensor, Tensor, Tensor],
-        visible: tuple[Tensor, Tensor],
-        keep: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        attended = self.attn(normed[0], visible, normed[1:])
+    def forward(self, x: Tensor, normed: QKV, context: QKV, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+        query, *masked = normed
+        attended = self.attn(query, context[1:], tuple(masked))
         _, x = residual_norm(x, attended, self.gamma_1, keep, norm_parameters(self.norm2), NORM_EPS)
         return x, self.mlp(x)
 
@@ -196,20 +192,20 @@ class Regressor(nn.Module):
         keep: Tensor | None,
     ) -> Tensor:
         """queries: (B, Nm, R); visible: (B, Nv, R); pos_embed: (N, R); keep: (2 * depth, B). Returns (B, Nm, R)."""
-        x, branch = queries, None
-        for i, block in enumerate(self.blocks):
-            norm_q, norm_k, norm_v = block.input_norms()  # type: ignore[operator]
-            if branch is None:
-                normed = norm_qkv(x, pos_embed, masked_ids, norm_q, norm_k, norm_v, NORM_EPS)
-            else:
-                gamma, drop = self.blocks[i - 1].gamma_2, branch_keep(keep, i - 1)[1]
-                x, *normed = residual_norm_qkv(
-                    x, branch, gamma, drop, pos_embed, masked_ids, norm_q, norm_k, norm_v, NORM_EPS
+        blocks = cast(list[RegressorBlock], list(self.blocks))
+        x = queries
+        normed = norm_qkv(x, pos_embed, masked_ids, *blocks[0].input_norms(), NORM_EPS)
+        for i, block in enumerate(blocks):
+            _, norm_k, norm_v = block.input_norms()
+            context = norm_qkv(visible, pos_embed, visible_ids, None, norm_k, norm_v, NORM_EPS)
+            drop = branch_keep(keep, i)
+            x, branch = block(x, normed, context, drop[0])
+            if i + 1 < len(blocks):
+                norms = blocks[i + 1].input_norms()
+                x, normed = residual_norm_qkv(
+                    x, branch, block.gamma_2, drop[1], pos_embed, masked_ids, *norms, NORM_EPS
                 )
-            _, *context = norm_qkv(visible, pos_embed, visible_ids, None, norm_k, norm_v, NORM_EPS)
-            x, branch = block(x, tuple(normed), tuple(context), branch_keep(keep, i)[0])
-        last, drop = self.blocks[-1].gamma_2, branch_keep(keep, len(self.blocks) - 1)[1]
-        return residual_norm(x, branch, last, drop, norm_parameters(self.norm), NORM_EPS)[1]
+        return residual_norm(x, branch, block.gamma_2, drop[1], norm_parameters(self.norm), NORM_EPS)[1]
 
 
 class Decoder(nn.Module):

@@ -5,6 +5,7 @@ B batch, N patches, n tokens, D width, H heads, C head width.
 
 import math
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -113,7 +114,7 @@ class Block(nn.Module):
 
 def run_blocks(blocks: nn.ModuleList, norm: nn.LayerNorm, x: Tensor, keep: Tensor | None) -> Tensor:
     """All blocks and the final LayerNorm. x: (B, n, D); keep: drop-path factors (2 * depth, B) or None."""
-    chain: list[nn.LayerNorm] = [block.norm1 for block in blocks] + [norm]  # type: ignore[misc]
+    chain = [*(cast(Block, block).norm1 for block in blocks), norm]
     normed = layer_norm(x, *norm_parameters(chain[0]), NORM_EPS)
     for i, block in enumerate(blocks):
         x, normed = block(x, normed, chain[i + 1], branch_keep(keep, i))

@@ -26,9 +26,12 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
+        os.chmod(temporary, mode)  # safetensors makes private files; others may want to read a checkpoint
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

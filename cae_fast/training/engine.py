@@ -74,7 +74,7 @@ class Engine:
         self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
         self.optimizer.step()
         if self.masters[0] is not self.parameters[0]:
-            torch._foreach_copy_(self.parameters, self.masters)
+            torch._foreach_copy_(list[Tensor](self.parameters), list[Tensor](self.masters))
         for parameter, master in zip(self.parameters, self.masters, strict=True):
             parameter.grad = master.grad = None
         self.loss_sum = None

@@ -58,8 +58,7 @@ class Inspection:
         save_reconstructions(out, raw.float() / 255, masked_ids, pixels, self.targets.patch_size)
 
     def _probe_data(self, path: str | None) -> DataConfig:
-        if not path:
-            raise UserError("probe.train and probe.test: set both or neither")
+        assert path
         return replace(self.config.data, path=path, index=None)
 
     def _labelled(self, data: DataConfig, batch_size: int) -> Generator[tuple[Tensor, Tensor], None, None]:

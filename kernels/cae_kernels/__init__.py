@@ -8,9 +8,10 @@ from .gather_tokens import gather_tokens
 from .linear_cross_entropy import linear_cross_entropy
 from .linear_gelu import linear_gelu
 from .philox import drop_path_scales
-from .residual_norm import layer_norm, norm_qkv, residual_norm, residual_norm_qkv
+from .residual_norm import QKV, layer_norm, norm_qkv, residual_norm, residual_norm_qkv
 
 __all__ = [
+    "QKV",
     "alignment_loss",
     "attention",
     "block_mask",

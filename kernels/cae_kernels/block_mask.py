@@ -136,7 +136,7 @@ def _place(
 
 
 def _count_free(free: Tensor, start: Tensor, end: Tensor) -> Tensor:
-    """Free patches in the rectangles [start, end), both (2, B, T), by a summed-area table of free (B, height, width)."""
+    """Free patches, of free (B, height, width), in the rectangles [start, end), both (2, B, T); a summed-area table."""
     images, height, width = free.shape
     table = free.new_zeros(images, height + 1, width + 1)
     table[:, 1:, 1:] = free.cumsum(dim=2).cumsum(dim=1)
@@ -175,11 +175,12 @@ def _check_blocks(height: int, width: int, num_masked: int, min_block: int, max_
         raise ValueError(f"min_block: {min_block}; must be at least 1")
     if max_block < 1:
         raise ValueError(f"max_block: {max_block}; must be at least 1")
-    share = _fitting_share(height, width, min_block, min(num_masked, max_block), min_aspect)
+    limit = min(num_masked, max_block)
+    share = _fitting_share(height, width, min_block, limit, min_aspect)
     if share < _LOWEST_FITTING_SHARE:
         raise ValueError(
             f"min_block: with {min_block} (max_block {max_block}, min_aspect {min_aspect}), hardly any block is "
-            f"smaller than the {height}x{width} grid and masks at most {min(num_masked, max_block)} of its patches; lower it"
+            f"smaller than the {height}x{width} grid and masks at most {limit} of its patches; lower it"
         )
 
 

@@ -10,8 +10,7 @@ Shapes: B samples, L drop-path branches.
 import torch
 from torch import Tensor
 
-STREAM_CROP = 1
-STREAM_FLIP = 2
+# The streams 0, 1, 2 and 5 belong to the data pipeline: order, crop, flip and replacement.
 STREAM_MASK = 3
 STREAM_DROP_PATH = 4
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Norm = tuple[Tensor, Tensor]  # weight (D,), bias (D,)
+QKV = tuple[Tensor | None, Tensor, Tensor]  # inputs of the query, key and value projections, each (B, n, D)
 
 
 def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -38,7 +39,7 @@ def residual_norm(
 
 def norm_qkv(
     x: Tensor, pos_embed: Tensor, ids: Tensor, norm_q: Norm | None, norm_k: Norm, norm_v: Norm, eps: float
-) -> tuple[Tensor | None, Tensor, Tensor]:
+) -> QKV:
     """The regressor's input norms: of x + position for queries and keys, of x for values.
 
     x: (B, n, D); pos_embed: (N, D) table; ids: (B, n) rows of it; norm_q: None where no queries are made.
@@ -60,10 +61,10 @@ def residual_norm_qkv(
     norm_k: Norm,
     norm_v: Norm,
     eps: float,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+) -> tuple[Tensor, QKV]:
     """`residual_norm`'s update followed by `norm_qkv`'s three norms of the new residual stream.
 
-    Shapes as there. Returns the residual stream and the inputs of query, key and value projections, each (B, n, D).
+    Shapes as there. Returns the new residual stream (B, n, D) and the three norms.
     """
     x = residual_reference(x, branch, gamma, keep)
-    return x, *norm_qkv(x, pos_embed, ids, norm_q, norm_k, norm_v, eps)
+    return x, norm_qkv(x, pos_embed, ids, norm_q, norm_k, norm_v, eps)

@@ -1,7 +1,10 @@
+import numpy as np
 import pytest
 import scipy.stats
 import torch
 from cae_kernels.philox import STREAM_DROP_PATH, STREAM_MASK, draw, drop_path_scales, philox4x32, uniform
+
+from cae_fast.data import sampling
 
 ONES = 2**32 - 1
 
@@ -47,6 +50,16 @@ def test_broadcast_counters_agree_with_python_integers():
         for column, position in enumerate(positions.tolist()):
             counter = (number, position % 2**32, STREAM_MASK, position // 2**32)
             assert [word[row, column].item() for word in result] == plain_philox(seed, counter)
+
+
+def test_same_words_as_the_data_pipeline():
+    seed, draws, positions = 2**63 + 17, torch.arange(5)[:, None], torch.arange(64) + 2**32 - 32
+    ours = draw(seed, STREAM_MASK, draws, positions)
+    theirs = sampling.philox4x32(
+        seed, draws.numpy(), (positions % 2**32).numpy(), STREAM_MASK, (positions // 2**32).numpy()
+    )
+    for our, their in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(our.numpy(), their.astype(np.int64))
 
 
 def test_uniform_takes_the_top_24_bits_and_stays_below_one():

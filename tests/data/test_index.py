@@ -1,0 +1,409 @@
+import gzip
+import json
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cae_fast.commands import index as index_command
+from cae_fast.config import DataConfig, UserError
+from cae_fast.data import index as index_module
+from cae_fast.data.decode import decode_rgb
+from cae_fast.data.index import build_index, index_for, open_index, resolve_data_path
+
+MAX_PIXELS = 1_000_000
+
+
+def png_header(width, height):
+    """A PNG that claims a size and holds almost no data."""
+
+    def chunk(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+def good_files(photograph, encode):
+    pixels = photograph(40, 60)
+    image = Image.fromarray(pixels)
+    rotated = Image.Exif()
+    rotated[0x0112] = 6
+    thumbnail = b"Exif\x00\x00" + encode(photograph(16, 16), "JPEG")
+    alpha = image.copy()
+    alpha.putalpha(128)
+    return {
+        "rgb.jpg": encode(image, "JPEG"),
+        "gray.jpeg": encode(image.convert("L"), "JPEG"),
+        "cmyk.JPG": encode(image.convert("CMYK"), "JPEG"),
+        "progressive.JPEG": encode(image, "JPEG", progressive=True),
+        "exif.jpg": encode(image, "JPEG", exif=rotated),
+        "thumbnail.jpg": encode(image, "JPEG", exif=thumbnail),
+        "garbage behind.jpg": encode(image, "JPEG") + b"\r\n" * 50,
+        "rgb.png": encode(image, "PNG"),
+        "palette.png": encode(image.quantize(16), "PNG"),
+        "gray.Png": encode(image.convert("L"), "PNG"),
+        "gray16.png": encode(Image.fromarray(np.arange(2400, dtype=np.uint16).reshape(40, 60)), "PNG"),
+        "rgba.png": encode(alpha, "PNG"),
+        "lossy.webp": encode(image, "WEBP"),
+        "lossless.webp": encode(alpha, "WEBP", lossless=True),
+        "rgb.bmp": encode(image, "BMP"),
+        "really a jpeg.png": encode(image, "JPEG"),
+        "really a png.jpg": encode(image, "PNG"),
+        "zipped.jpg": gzip.compress(encode(image, "JPEG")),
+        "tab\tand\nnewline \\ .jpg": encode(image, "JPEG"),
+        "grün 雪 🦆.jpg": encode(image, "JPEG"),
+        os.fsdecode(b"not utf-8 \xff\xfe.jpg"): encode(image, "JPEG"),
+    }
+
+
+def bad_files(photograph, encode):
+    """{name: (bytes, a part of the reason)}."""
+    image = photograph(200, 300)
+    files = {format: encode(image, format) for format in ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")}
+    jpeg = files["JPEG"]
+    thumbnail = encode(image, "JPEG", exif=b"Exif\x00\x00" + encode(photograph(16, 16), "JPEG"))
+    return {
+        "empty.jpg": (b"", "empty"),
+        "page.jpg": (b"\n<!DOCTYPE html><html>404</html>", "HTML"),
+        "noise.png": (bytes(range(256)), "unknown"),
+        "animation.jpg": (files["GIF"], "GIF"),
+        "scan.png": (files["TIFF"], "TIFF"),
+        "cut.jpg": (jpeg[: len(jpeg) // 2], "truncated"),
+        "last byte missing.jpg": (jpeg[:-1], "truncated"),
+        "cut in the header.jpg": (jpeg[:100], "JPEG"),
+        "only a mark.jpg": (jpeg[:4], "JPEG"),
+        "zero tail.jpg": (jpeg[:-5000] + bytes(5000), "truncated"),
+        "long zero tail.jpg": (jpeg + bytes(70_000), "truncated"),
+        "thumbnail complete.jpg": (thumbnail[:-500], "truncated"),
+        "cut.png": (files["PNG"][: len(files["PNG"]) // 2], "truncated"),
+        "cut in the header.png": (files["PNG"][:20], "PNG"),
+        "cut.webp": (files["WEBP"][:-100], "truncated"),
+        "cut.bmp": (files["BMP"][:-100], "truncated"),
+        "zipped cut.jpg": (gzip.compress(jpeg)[:-50], "gzip"),
+        "zipped page.jpg": (gzip.compress(b"<html>"), "HTML"),
+        "absurd.png": (png_header(2**31 - 1, 2**31 - 1), "data.max_pixels"),
+        "large.png": (png_header(1001, 1000), "1001 x 1000 pixels are more than data.max_pixels=1000000"),
+        "strange\t\n.jpg": (b"", "empty"),
+    }
+
+
+def write(folder, files):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+
+def read_bad(index):
+    rows = [line.split("\t") for line in index.bad_files.read_text(errors="surrogateescape").split("\n")[:-1]]
+    return {name.replace("\\t", "\t").replace("\\n", "\n").replace("\\\\", "\\"): reason for name, reason in rows}
+
+
+@pytest.fixture
+def two_images(tmp_path, encode, photograph):
+    write(tmp_path / "images", {f"{i}.png": encode(photograph(10, 12, i), "PNG") for i in range(2)})
+    return tmp_path / "images"
+
+
+def test_good_files(tmp_path, photograph, encode):
+    files = good_files(photograph, encode)
+    write(tmp_path / "images", files | {"notes.txt": b"no image", "table.csv": b"", "jpg": b"no extension"})
+    index = build_index(tmp_path / "images", tmp_path / "x.index", MAX_PIXELS)
+    assert read_bad(index) == {}
+    assert index.num_bad == 0
+    assert [index.path(i).name for i in range(len(index))] == sorted(files, key=os.fsencode)
+    assert set(index.heights.tolist()) == {40}
+    assert set(index.widths.tolist()) == {60}
+    assert set(index.labels.tolist()) == {-1}
+    assert index.classes == []
+    for i in range(len(index)):
+        content = files[index.path(i).name]
+        assert index.read(i) == content
+        assert index.sizes[i] == len(content)
+        assert decode_rgb(content).shape == (index.heights[i], index.widths[i], 3)
+
+
+def test_bad_files(tmp_path, photograph, encode):
+    bad = bad_files(photograph, encode)
+    write(tmp_path / "images", {name: content for name, (content, _) in bad.items()})
+    write(tmp_path / "images", {"good.png": encode(photograph(1000, 1000), "PNG")})
+    (tmp_path / "images" / "dangling.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    os.mkfifo(tmp_path / "images" / "pipe.jpg")
+    expected = {name: reason for name, (_, reason) in bad.items()} | {
+        "dangling.jpg": "No such",
+        "pipe.jpg": "not a file",
+    }
+    index = build_index(tmp_path / "images", tmp_path / "x.index", MAX_PIXELS)
+    reasons = read_bad(index)
+    assert sorted(reasons) == sorted(expected)
+    for name, reason in reasons.items():
+        assert expected[name] in reason, name
+    assert index.num_bad == len(expected)
+    assert [index.path(i).name for i in range(len(index))] == ["good.png"]
+
+
+def test_files_of_any_shape(tmp_path, photograph, encode):
+    sizes = {"a.png": (1, 1), "b.jpg": (2000, 3), "c.bmp": (3, 2000), "d.webp": (1, 7)}
+    formats = {".png": "PNG", ".jpg": "JPEG", ".bmp": "BMP", ".webp": "WEBP"}
+    for name, (height, width) in sizes.items():
+        write(tmp_path / "images", {name: encode(photograph(height, width), formats[name[1:]])})
+    index = build_index(tmp_path / "images", tmp_path / "x.index", MAX_PIXELS)
+    assert list(zip(index.heights.tolist(), index.widths.tolist(), strict=True)) == list(sizes.values())
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="needs a user other than root: root may read every file")
+def test_files_without_permission(two_images, tmp_path):
+    (two_images / "0.png").chmod(0)
+    (two_images / "closed").mkdir(mode=0)
+    index = build_index(two_images, tmp_path / "x.index", MAX_PIXELS)
+    assert len(index) == 1
+    assert read_bad(index) == {
+        "0.png": "cannot be read: Permission denied",
+        "closed": "folder cannot be read: Permission denied",
+    }
+
+
+def test_read_errors_are_listed(two_images, tmp_path, monkeypatch):
+    def failing_open(path, *arguments, **options):
+        if os.fsencode(path).endswith(b"0.png"):
+            raise PermissionError(13, "Permission denied")
+        return open(path, *arguments, **options)
+
+    monkeypatch.setattr(index_module, "open", failing_open, raising=False)
+    index = build_index(two_images, tmp_path / "x.index", MAX_PIXELS)
+    assert read_bad(index) == {"0.png": "cannot be read: Permission denied"}
+
+
+def test_classes_are_the_first_folders(tmp_path, photograph, encode):
+    content = encode(photograph(8, 8), "PNG")
+    names = ["b/1.png", "b/deep/er/2.png", "a/9.png", "10/x.png", "9/x.png", "top.png"]
+    write(tmp_path / "images", dict.fromkeys(names, content) | {"only bad/0.png": b"", "no images/readme": b""})
+    index = build_index(tmp_path / "images", tmp_path / "x.index", MAX_PIXELS)
+    assert index.classes == ["10", "9", "a", "b", "only bad"]
+    labelled = {str(index.path(i).relative_to(index.root)): int(index.labels[i]) for i in range(len(index))}
+    expected = {"10/x.png": 0, "9/x.png": 1, "a/9.png": 2, "b/1.png": 3, "b/deep/er/2.png": 3, "top.png": -1}
+    assert labelled == expected
+    assert list(labelled) == list(expected)
+
+
+def test_linked_folders_and_loops(tmp_path, photograph, encode):
+    content = encode(photograph(8, 8), "PNG")
+    write(tmp_path / "images", {"a/1.png": content})
+    write(tmp_path / "elsewhere", {"2.png": content, "deep/3.png": content})
+    (tmp_path / "images" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "images" / "a" / "loop").symlink_to(tmp_path / "images")
+    (tmp_path / "elsewhere" / "deep" / "loop").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "images" / "z.png").symlink_to(tmp_path / "images" / "a" / "1.png")
+    index = build_index(tmp_path / "images", tmp_path / "x.index", MAX_PIXELS)
+    names = [str(index.path(i).relative_to(index.root)) for i in range(len(index))]
+    assert names == ["a/1.png", "linked/2.png", "linked/deep/3.png", "z.png"]
+
+
+def test_the_same_files_give_the_same_index(tmp_path, photograph, encode, monkeypatch):
+    names = [f"{folder}/{i}.png" for folder in "abc" for i in range(5)]
+    content = {name: encode(photograph(8, 9, i), "PNG") for i, name in enumerate(names)}
+    write(tmp_path / "one", content)
+    write(tmp_path / "two", dict(reversed(content.items())))
+    monkeypatch.setattr(index_module, "BLOCK", 4)
+    one = build_index(tmp_path / "one", tmp_path / "one.index", MAX_PIXELS, num_threads=4)
+    two = build_index(tmp_path / "two", tmp_path / "two.index", MAX_PIXELS, num_threads=1)
+    assert one.fingerprint == two.fingerprint
+    assert [one.path(i).name for i in range(15)] == [two.path(i).name for i in range(15)]
+    (tmp_path / "two" / "b" / "3.png").write_bytes(encode(photograph(8, 10), "PNG"))
+    assert build_index(tmp_path / "two", tmp_path / "two.index", MAX_PIXELS).fingerprint != one.fingerprint
+
+
+def test_arrays_are_memory_maps(two_images, tmp_path):
+    index = build_index(two_images, tmp_path / "x.index", MAX_PIXELS)
+    for array, dtype in ((index.heights, np.int32), (index.widths, np.int32), (index.sizes, np.int64)):
+        assert isinstance(array, np.memmap)
+        assert array.dtype == dtype
+        assert not array.flags.writeable
+
+
+def test_pickles_as_its_folder(two_images, tmp_path):
+    index = build_index(two_images, tmp_path / "x.index", MAX_PIXELS)
+    content = pickle.dumps(index)
+    assert len(content) < 500
+    copy = pickle.loads(content)
+    assert copy.fingerprint == index.fingerprint
+    assert copy.read(1) == index.read(1)
+    assert isinstance(copy.heights, np.memmap)
+
+
+def test_nothing_is_written_into_the_data_folder(two_images, tmp_path):
+    before = sorted(two_images.rglob("*")), two_images.stat().st_mtime_ns
+    build_index(two_images, tmp_path / "x.index", MAX_PIXELS)
+    index_for(DataConfig(path=str(two_images)), tmp_path / "runs" / "first")
+    assert (sorted(two_images.rglob("*")), two_images.stat().st_mtime_ns) == before
+    for out in (two_images / "x.index", two_images, two_images / "deep" / "x.index"):
+        with pytest.raises(UserError, match="inside the data folder"):
+            build_index(two_images, out, MAX_PIXELS)
+    (tmp_path / "link").symlink_to(two_images)
+    with pytest.raises(UserError, match="inside the data folder"):
+        build_index(two_images, tmp_path / "link" / "x.index", MAX_PIXELS)
+    assert (sorted(two_images.rglob("*")), two_images.stat().st_mtime_ns) == before
+
+
+def test_an_older_index_is_replaced_and_nothing_else(two_images, tmp_path, photograph, encode):
+    out = tmp_path / "x.index"
+    build_index(two_images, out, MAX_PIXELS)
+    (two_images / "new.png").write_bytes(encode(photograph(5, 5), "PNG"))
+    assert len(build_index(two_images, out, MAX_PIXELS, replace=False)) == 2
+    assert len(build_index(two_images, out, MAX_PIXELS)) == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "x.index"]
+    other = tmp_path / "other"
+    write(other, {"precious.txt": b"mine"})
+    with pytest.raises(UserError, match="exists and is not an index"):
+        build_index(two_images, other, MAX_PIXELS)
+    assert (other / "precious.txt").read_bytes() == b"mine"
+
+
+def test_an_interrupted_scan_leaves_nothing(two_images, tmp_path, monkeypatch):
+    def interrupt(path, max_pixels):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(index_module, "inspect_file", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        build_index(two_images, tmp_path / "x.index", MAX_PIXELS)
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
+
+
+def test_no_images(tmp_path):
+    write(tmp_path / "images", {"readme.txt": b"hello"})
+    with pytest.raises(UserError, match=r"holds no image files \(.jpg, .jpeg, .png, .webp, .bmp\)"):
+        build_index(tmp_path / "images", tmp_path / "x.index", MAX_PIXELS)
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
+
+
+def test_only_bad_images(tmp_path):
+    write(tmp_path / "images", {"1.jpg": b"", "2.jpg": b"<html>"})
+    with pytest.raises(UserError, match="all 2 image files are bad, see .*x.bad_files.tsv") as error:
+        build_index(tmp_path / "images", tmp_path / "x.index", MAX_PIXELS)
+    assert "\n" not in str(error.value)
+    assert (tmp_path / "x.bad_files.tsv").read_text().splitlines() == [
+        "1.jpg\tis empty, not JPEG, PNG, WebP or BMP",
+        "2.jpg\tis HTML or XML, not JPEG, PNG, WebP or BMP",
+    ]
+    assert not (tmp_path / "x.index").exists()
+
+
+def test_missing_folders(tmp_path):
+    with pytest.raises(UserError, match="data.path=.*nowhere"):
+        index_for(DataConfig(path=str(tmp_path / "nowhere")), tmp_path / "run")
+    with pytest.raises(UserError, match="data.path is empty"):
+        index_for(DataConfig(), tmp_path / "run")
+    with pytest.raises(UserError, match="not an index folder"):
+        index_for(DataConfig(index=str(tmp_path)), tmp_path / "run")
+    with pytest.raises(UserError, match="is not a folder"):
+        build_index(tmp_path / "nowhere", tmp_path / "x.index", MAX_PIXELS)
+
+
+def test_index_for_a_run_is_made_once(two_images, tmp_path, caplog):
+    (two_images / "bad.jpg").write_bytes(b"")
+    caplog.set_level("INFO")
+    data = DataConfig(path=str(two_images))
+    first = index_for(data, tmp_path / "runs" / "one")
+    assert len(caplog.messages) == 1
+    assert "2 images" in caplog.text
+    assert "1 bad files" in caplog.text
+    assert str(first.bad_files) in caplog.text
+    assert first.folder.parent == tmp_path / "runs" / "indexes"
+    assert first.folder.name.startswith("images-")
+    stamp = (first.folder / "meta.json").stat().st_mtime_ns
+    second = index_for(data, tmp_path / "runs" / "two")
+    assert second.folder == first.folder
+    assert (first.folder / "meta.json").stat().st_mtime_ns == stamp
+    smaller = index_for(DataConfig(path=str(two_images), max_pixels=121), tmp_path / "runs" / "two")
+    assert smaller.folder != first.folder
+    given = index_for(DataConfig(path="ignored", index=str(first.folder)), tmp_path / "elsewhere" / "run")
+    assert given.folder == first.folder
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_index_for_a_relative_folder(two_images, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    index = index_for(DataConfig(path="images"), tmp_path / "runs" / "one")
+    monkeypatch.chdir("/")
+    assert len(index.read(0)) > 0
+    assert index_for(DataConfig(path=str(two_images)), tmp_path / "runs" / "one").folder == index.folder
+
+
+def test_several_processes_make_the_same_index_at_once(two_images, tmp_path):
+    program = (
+        "import sys; from pathlib import Path; from cae_fast.config import DataConfig;"
+        "from cae_fast.data.index import index_for;"
+        "print(len(index_for(DataConfig(path=sys.argv[1]), Path(sys.argv[2]))))"
+    )
+    command = [sys.executable, "-c", program, str(two_images), str(tmp_path / "runs" / "one")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) for _ in range(3)]
+    assert [process.communicate(timeout=60)[0] for process in processes] == [b"2\n"] * 3
+    assert len(list((tmp_path / "runs" / "indexes").iterdir())) == 1
+
+
+def test_bundled_images():
+    assert resolve_data_path("bundled:photographs").is_dir()
+    with pytest.raises(UserError, match="nonsense"):
+        resolve_data_path("bundled:nonsense")
+
+
+def test_moved_or_damaged_index(two_images, tmp_path):
+    index = build_index(two_images, tmp_path / "x.index", MAX_PIXELS)
+    np.save(index.folder / "heights.npy", np.zeros(1, np.int32))
+    with pytest.raises(UserError, match="damaged"):
+        open_index(index.folder)
+    (index.folder / "heights.npy").write_bytes(b"junk")
+    with pytest.raises(UserError, match="damaged"):
+        open_index(index.folder)
+    np.save(index.folder / "heights.npy", np.array([{}, {}]), allow_pickle=True)
+    with pytest.raises(UserError, match="damaged"):
+        open_index(index.folder)
+    index = build_index(two_images, tmp_path / "x.index", MAX_PIXELS)
+    two_images.rename(tmp_path / "moved")
+    with pytest.raises(UserError, match="does not exist"):
+        open_index(index.folder)
+    meta = json.loads((index.folder / "meta.json").read_text())
+    (index.folder / "meta.json").write_text(json.dumps(meta | {"version": 99}))
+    with pytest.raises(UserError, match="version 99"):
+        open_index(index.folder)
+
+
+def run_command(*arguments):
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    index_command.add_arguments(parser)
+    return index_command.run(parser.parse_args(list(arguments)))
+
+
+def test_command(tmp_path, photograph, encode, monkeypatch, capsys):
+    content = encode(photograph(8, 8), "PNG")
+    write(tmp_path / "set", {"a/1.png": content, "b/1.png": content, "b/2.png": content, "b/3.png": b""})
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert run_command("../set") == 0
+    printed = capsys.readouterr().out
+    assert "3 images" in printed
+    assert "classes: 2, of 1 to 2 images" in printed
+    assert "bad files: 1" in printed
+    assert str(tmp_path / "here" / "set.index" / "bad_files.tsv") in printed
+    assert len(open_index("set.index")) == 3
+    assert run_command("../set", "--out", "other.index", "--max-pixels", "64") == 0
+    with pytest.raises(UserError, match="all 4 image files are bad"):
+        run_command("../set", "--out", "tiny.index", "--max-pixels", "63")
+    with pytest.raises(UserError, match="--max-pixels=0"):
+        run_command("../set", "--max-pixels", "0")
+    with pytest.raises(UserError, match="inside the data folder"):
+        run_command("../set", "--out", "../set/set.index")
+    (tmp_path / "here" / "taken.index").mkdir()
+    with pytest.raises(UserError, match="exists and is not an index"):
+        run_command("../set", "--out", "taken.index")
