@@ -170,8 +170,7 @@ def finish(job: "Job") -> int:
     """Pictures, and what the pretraining brought."""
     save_curves(job.run_dir / "metrics.jsonl", job.run_dir / "curves.png")
     job.inspection.save_reconstructions(job.run_dir / "reconstructions.png")
-    log.info("pictures: %s and %s", job.run_dir / "curves.png", job.run_dir / "reconstructions.png")
-    log.info("encoder for timm: %s", job.run_dir / "encoder.safetensors")
+    log.info("%s: curves.png, reconstructions.png, model.safetensors, encoder.safetensors (for timm)", job.run_dir)
     probe_file = job.run_dir / "probe.json"
     if job.config.probe.train and probe_file.exists():
         probe = json.loads(probe_file.read_text()) | {"pretrained": job.inspection.knn_accuracy()}
@@ -231,6 +230,7 @@ def prepare(config: PretrainConfig) -> Job:
     state = newest_state(config)
     run_dir = Path(config.train.run_dir)
     index = index_for(config.data, run_dir)
+    log.info("data: %s", index)
     plan = SamplingPlan(
         len(index),
         index.heights,

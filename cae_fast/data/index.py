@@ -96,6 +96,11 @@ class ImageIndex:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def __str__(self) -> str:
+        bad = f"{self.num_bad:,} bad files (listed in {self.bad_files})" if self.num_bad else "no bad files"
+        classes = f"{len(self.classes):,} classes" if self.classes else "no classes"
+        return f"{self.root}: {len(self):,} images, {classes}, {bad}; scanned {self.created} into {self.folder} (delete to rescan)"
+
     def __reduce__(self) -> tuple[Any, ...]:
         return ImageIndex, (self.folder,)
 
@@ -150,10 +155,6 @@ def index_for(data: DataConfig, run_dir: Path) -> ImageIndex:
         key = hashlib.sha256(os.fsencode(root) + b"\0" + str(data.max_pixels).encode()).hexdigest()[:8]
         folder = Path(os.path.abspath(run_dir)).parent / "indexes" / f"{root.name or 'root'}-{key}.index"
         index = open_index(folder) if folder.exists() else build_index(root, folder, data.max_pixels, replace=False)
-    logger.info(
-        "data: %s: %d images, %d classes, %d bad files (listed in %s); scanned %s, delete %s to scan again",
-        *(index.root, len(index), len(index.classes), index.num_bad, index.bad_files, index.created, index.folder),
-    )
     return index
 
 

@@ -6,9 +6,12 @@ G global batch size, L images per process and step.
 
 import copy
 import logging
+import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Generator, Iterator
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,7 +76,8 @@ def resolve_num_workers(num_workers: int | None, world_size: int) -> int:
         if num_workers < 0:
             raise UserError(f"data.num_workers={num_workers}: must be 0 or more, or empty")
         return num_workers
-    return max(0, min(MAX_WORKERS, len(os.sched_getaffinity(0)) // world_size - 1))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS: all
+    return max(0, min(MAX_WORKERS, cores // world_size - 1))
 
 
 def pretrain_loader(
@@ -96,11 +100,12 @@ def pretrain_loader(
     A process owns the images [rank * L, (rank + 1) * L) of each global batch, L = G / world_size, cut in order into
     L / micro_batch_size micro-batches. `mask` maps positions (B,) to (visible_ids, masked_ids) and must pickle.
     A file that fails is replaced by plan.replacement and logged; `.close()` (or dropping the generator) ends the
-    worker processes, which ignore SIGINT and SIGTERM so that the main process can finish its step.
+    worker processes. They ignore SIGINT, and SIGTERM from others than the main process, so that it can finish its
+    step.
     Raises UserError for sizes that do not divide, and while iterating when 16 files in a row fail.
     """
     share = plan.global_batch_size // world_size
-    if plan.global_batch_size % (world_size * micro_batch_size):
+    if micro_batch_size < 1 or plan.global_batch_size % (world_size * micro_batch_size):
         raise UserError(
             f"train.global_batch_size={plan.global_batch_size}: must be a multiple of processes x "
             f"train.micro_batch_size = {world_size} x {micro_batch_size}"
@@ -120,16 +125,23 @@ def pretrain_loader(
 
 
 def _batches(loader: DataLoader) -> Generator[Batch, None, None]:
-    iterator = iter(loader)
-    try:
-        for batch in iterator:
+    with closing(_items(loader)) as items:
+        for batch in items:
             if isinstance(batch, UserError):
                 raise batch
             for position, path, reason in batch.replaced:
                 logger.warning("data: %s: %s; another image takes position %d", path, reason, position)
             yield batch
+
+
+def _items(loader: DataLoader) -> Generator[Any, None, None]:
+    """What the loader yields; its workers end with this generator, whatever ends it."""
+    iterator: Any = iter(loader)
+    try:
+        yield from iterator
     finally:
-        del iterator  # its last reference: ends the workers now, whoever keeps this frame
+        if loader.num_workers:
+            iterator._shutdown_workers()  # garbage collection comes too late when someone keeps an error's traceback
 
 
 class _MicroBatches(Sampler[tuple[int, int, int]]):
@@ -218,25 +230,34 @@ def _read_image(index: ImageIndex, sample_id: int) -> Pixels | str:
 
 
 def _start_worker(worker_id: int) -> None:
-    # Ctrl-C and a scheduler's SIGTERM reach the whole process group; only the main process acts on them.
+    # Ctrl-C and a scheduler's SIGTERM reach every process of a run; only the main process decides what they mean.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    main_process = multiprocessing.parent_process()
+    if main_process is not None and hasattr(signal, "sigwaitinfo"):  # macOS has none: there SIGTERM ends the workers
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_told_by, args=(main_process.pid,), daemon=True).start()
     torch.set_num_threads(1)
 
 
+def _end_when_told_by(main_process: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main_process:
+        pass
+    os._exit(0)
+
+
 def labelled_loader(
-    index: ImageIndex, image_size: int, batch_size: int, num_workers: int
+    index: ImageIndex, image_size: int, batch_size: int, num_workers: int, sample_ids: Sequence[int] | None = None
 ) -> Generator[tuple[Tensor, Tensor], None, None]:
-    """Every image of the index in order with its label: (uint8 (B, 3, S, S), int64 (B,)), for evaluation.
+    """Images of the index (all, or sample_ids) in order with labels: (uint8 (B, 3, S, S), int64 (B,)), for evaluation.
 
     The shorter side is resized to image_size (bicubic), then the central square is cut out. A file that cannot be
     used is left out of its batch and logged.
     """
-    starts = range(0, len(index), batch_size)
+    sample_ids = range(len(index)) if sample_ids is None else sample_ids
     loader = DataLoader(
-        _LabelledImages(index, image_size, batch_size),
+        _LabelledImages(index, image_size),
         batch_size=None,
-        sampler=starts,
+        sampler=[sample_ids[start : start + batch_size] for start in range(0, len(sample_ids), batch_size)],
         num_workers=num_workers,
         worker_init_fn=_start_worker,
         generator=torch.Generator(),  # the default one would take a number from the global generator
@@ -245,25 +266,22 @@ def labelled_loader(
 
 
 def _labelled_batches(loader: DataLoader) -> Generator[tuple[Tensor, Tensor], None, None]:
-    iterator = iter(loader)
-    try:
-        for images, labels, failed in iterator:
+    with closing(_items(loader)) as items:
+        for images, labels, failed in items:
             for path, reason in failed:
                 logger.warning("data: %s: %s; left out", path, reason)
             yield images, labels
-    finally:
-        del iterator
 
 
 class _LabelledImages(Dataset[tuple[Tensor, Tensor, list[tuple[str, str]]]]):
-    """Batches by the number of their first image."""
+    """Batches by the numbers of their images."""
 
-    def __init__(self, index: ImageIndex, image_size: int, batch_size: int) -> None:
-        self.index, self.image_size, self.batch_size = index, image_size, batch_size
+    def __init__(self, index: ImageIndex, image_size: int) -> None:
+        self.index, self.image_size = index, image_size
 
-    def __getitem__(self, start: int) -> tuple[Tensor, Tensor, list[tuple[str, str]]]:
+    def __getitem__(self, sample_ids: Sequence[int]) -> tuple[Tensor, Tensor, list[tuple[str, str]]]:
         images, labels, failed = [], [], []
-        for i in range(start, min(start + self.batch_size, len(self.index))):
+        for i in sample_ids:
             pixels = _read_image(self.index, i)
             if isinstance(pixels, str):
                 failed.append((str(self.index.path(i)), pixels))

@@ -48,8 +48,10 @@ class Inspection:
     @torch.no_grad()
     def save_reconstructions(self, out: Path) -> None:
         """Input, mask and prediction of eight images, of the probe's test images where there are some."""
-        data = self.config.data if not self.config.probe.test else self._probe_data(self.config.probe.test)
-        raw = next(self._labelled(data, 8))[0].to(self.device)
+        data = self._probe_data(self.config.probe.test) if self.config.probe.test else self.config.data
+        index = index_for(data, Path(self.config.train.run_dir))
+        spread = torch.linspace(0, len(index) - 1, min(8, len(index))).long().tolist()
+        raw = next(labelled_loader(index, self.model.shape.image_size, 8, 0, spread))[0].to(self.device)
         visible_ids, masked_ids = (ids.to(self.device) for ids in self.mask(torch.arange(len(raw))))
         images = self.normalize(raw)  # (8, 3, S, S)
         predicted = self.model.predict(images.to(self.dtype), visible_ids, masked_ids).float()  # (8, Nm, P)

@@ -104,6 +104,15 @@ def test_truncated_jpeg_with_a_zero_tail_fails(photograph, encode):
                 decode_rgb(data[:kept] + bytes(len(data) - kept))
 
 
+def test_jpeg_with_a_gap_fails(photograph, encode):
+    # Pillow fills what is missing with gray in silence when an end mark follows.
+    data = encode(photograph(200, 300), "JPEG", quality=90)
+    ended = data[: len(data) // 2] + b"\xff\xd9"
+    assert pil_rgb(ended).shape == (200, 300, 3)
+    with pytest.raises(DecodeError, match="truncated"):
+        decode_rgb(ended)
+
+
 @pytest.mark.parametrize(
     "data",
     [

@@ -2,7 +2,7 @@ import gc
 import multiprocessing
 import os
 import pickle
-import signal
+import subprocess
 
 import numpy as np
 import pytest
@@ -162,7 +162,9 @@ def test_the_global_random_numbers_stay(index):
     torch.manual_seed(0)
     before = torch.get_rng_state()
     list(load(index, num_workers=1, stop_step=1))
+    list(load(index, stop_step=1))
     list(labelled_loader(index, 28, 8, 0))
+    list(labelled_loader(index, 28, 8, 1))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -262,15 +264,29 @@ def test_no_worker_stays_behind_an_error_that_someone_keeps(index, monkeypatch):
     assert kept.value is not None
 
 
-def test_workers_ignore_interruptions(index):
+def test_workers_ignore_interruptions_by_others(index):
     batches = load(index, num_workers=2, stop_step=20)
     received = [next(batches)]
-    for process in multiprocessing.active_children():
-        os.kill(process.pid, signal.SIGINT)
-        os.kill(process.pid, signal.SIGTERM)
+    workers = [str(process.pid) for process in multiprocessing.active_children()]
+    assert len(workers) == 2
+    for name in ("-INT", "-TERM"):
+        subprocess.run(["kill", name, *workers], check=True)
     received.extend(batches)
     assert_same(join(received), join(load(index, stop_step=20)))
     assert worker_processes() == []
+
+
+def test_workers_end_when_the_main_process_says_so(index):
+    # Otherwise an interpreter that exits with a loader still open would wait for ever.
+    batches = load(index, num_workers=2, stop_step=1000)
+    next(batches)
+    workers = multiprocessing.active_children()
+    for worker in workers:
+        worker.terminate()
+    for worker in workers:
+        worker.join(timeout=20)
+        assert worker.exitcode == 0
+    batches.close()
 
 
 def test_the_data_set_pickles_without_its_arrays(index):
@@ -284,10 +300,11 @@ def test_the_data_set_pickles_without_its_arrays(index):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"world_size": 3}, {"micro_batch_size": 3}, {"world_size": 4, "micro_batch_size": 4}]
+    "settings",
+    [{"world_size": 3}, {"micro_batch_size": 3}, {"micro_batch_size": 0}, {"world_size": 4, "micro_batch_size": 4}],
 )
 def test_sizes_that_do_not_divide(index, settings):
-    with pytest.raises(UserError, match="train.global_batch_size=8: must be a multiple"):
+    with pytest.raises(UserError, match=r"train\.global_batch_size=8: must be a multiple"):
         load(index, **settings)
 
 
@@ -355,5 +372,5 @@ def test_number_of_workers(monkeypatch):
         assert resolve_num_workers(None, world_size) == expected
     assert resolve_num_workers(0, 1) == 0
     assert resolve_num_workers(30, 8) == 30
-    with pytest.raises(UserError, match="data.num_workers=-1"):
+    with pytest.raises(UserError, match=r"data\.num_workers=-1"):
         resolve_num_workers(-1, 1)
