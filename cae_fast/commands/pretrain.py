@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Generator
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -91,8 +92,8 @@ def train(job: "Job", stop: StopRequest) -> int:
     if job.start_step == 0 and config.probe.train:
         write_text(job.run_dir / "probe.json", json.dumps({"random": job.inspection.knn_accuracy()}))
     step = saved = job.start_step
-    with monitor:
-        for batches, waited in micro_batches(job):
+    with monitor, closing(micro_batches(job)) as steps:
+        for batches, waited in steps:
             monitor.before_step(step)
             lr = scheduled_lr(step, job.plan.steps_per_epoch, config.optim)
             metrics = train_step(job, batches, lr)
@@ -133,14 +134,12 @@ def micro_batches(job: "Job") -> Generator[tuple[list[Batch], float], None, None
         num_workers=resolve_num_workers(job.config.data.num_workers, 1),
         pin_memory=job.device.type == "cuda",
     )
-    try:
+    with closing(loader):
         for _ in range(job.start_step, job.last_step):
             began = time.perf_counter()
             batches = [next(loader) for _ in range(job.engine.accumulation)]
             waited = time.perf_counter() - began
             yield [batch.to(job.device) for batch in batches], waited
-    finally:
-        loader.close()
 
 
 def save(job: "Job", step: int) -> None:

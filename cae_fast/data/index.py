@@ -99,7 +99,8 @@ class ImageIndex:
     def __str__(self) -> str:
         bad = f"{self.num_bad:,} bad files (listed in {self.bad_files})" if self.num_bad else "no bad files"
         classes = f"{len(self.classes):,} classes" if self.classes else "no classes"
-        return f"{self.root}: {len(self):,} images, {classes}, {bad}; scanned {self.created} into {self.folder} (delete to rescan)"
+        scan = f"scanned {self.created} into {self.folder} (delete it to scan again)"
+        return f"{self.root}: {len(self):,} images, {classes}, {bad}; {scan}"
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ImageIndex, (self.folder,)
