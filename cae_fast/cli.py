@@ -15,13 +15,21 @@ COMMANDS = {
 }
 
 
+class LateStderr(logging.StreamHandler):
+    """Writes to what sys.stderr is at the time: a progress bar puts itself there, to keep below the messages."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
 def usage() -> str:
     rows = "\n".join(f"  {name:10s} {text}" for name, text in COMMANDS.items())
     return f"usage: cae-fast COMMAND ...\n\n{rows}\n\n`cae-fast COMMAND --help` tells more. Version {__version__}."
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command. Returns its exit status: 0 done, 2 a mistake of the user, 3 training diverged."""
+    """Run one command. Returns its exit status: 0 done, 2 a mistake of the user, 3 diverged, 130 interrupted."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
@@ -34,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.0)[0]
         print(f"cae-fast: no command {name!r}; did you mean {near!r}? `cae-fast --help` lists all", file=sys.stderr)
         return 2
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[LateStderr()])
     command = importlib.import_module(f"cae_fast.commands.{name}")
     parser = argparse.ArgumentParser(
         prog=f"cae-fast {name}",
@@ -47,3 +55,6 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"cae-fast {name}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"cae-fast {name}: interrupted", file=sys.stderr)
+        return 130

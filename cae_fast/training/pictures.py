@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from cae_fast.config import UserError
+from cae_fast.models.tokenizers import patchify
 
 MAX_POINTS = 300
 """Longer curves are drawn as the means of this many bins, with the range of each bin behind."""
@@ -161,10 +162,7 @@ def reconstruct(images: Tensor, masked_ids: Tensor, predicted: Tensor, patch_siz
     """
     count, channels, side, _ = images.shape
     cells = side // patch_size
-    folded = (count, channels, cells, patch_size, cells, patch_size)
-    patches = (
-        images.float().reshape(folded).permute(0, 2, 4, 3, 5, 1).reshape(count, cells * cells, -1)
-    )  # (K, N, p*p*3)
+    patches = patchify(images.float(), patch_size)  # (K, N, p*p*3)
     index = masked_ids.long().unsqueeze(-1).expand(-1, -1, patches.shape[-1])  # (K, Nm, p*p*3)
     results = []
     for fill in (torch.full_like(predicted, GRAY), predicted.clamp(0, 1)):
