@@ -5,7 +5,7 @@ from golden_model import golden_model, ours, split_mask
 
 
 def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((actual - expected).norm() / expected.norm().clamp_min(1e-12))
+    return float((actual - expected).detach().norm() / expected.norm().clamp_min(1e-12))
 
 
 def batch_of(tensors):
