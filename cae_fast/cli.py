@@ -12,6 +12,7 @@ from cae_fast.config import UserError
 COMMANDS = {
     "pretrain": "pretrain a context autoencoder on a folder of images",
     "index": "scan a folder of images once and write its index",
+    "doctor": "show what this machine has and which kernels run on it",
 }
 
 

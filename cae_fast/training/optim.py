@@ -2,10 +2,8 @@
 
 import math
 import re
-from collections.abc import Iterable
 
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from cae_fast.config import OptimConfig, UserError
 
@@ -38,23 +36,9 @@ def scheduled_lr(step: int, steps_per_epoch: int, optim: OptimConfig) -> float:
     return learning_rate(step, warmup, total, optim.lr, optim.min_lr)
 
 
-def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-
-
 def decays(name: str, parameter: Tensor) -> bool:
     """Weight decay for everything but biases and one-dimensional parameters; class and mask tokens are decayed."""
     return parameter.ndim > 1 and not name.endswith("bias")
-
-
-def decay_groups(named: Iterable[tuple[str, Tensor]], weight_decay: float) -> list[dict]:
-    """Two groups, for AdamW: decayed parameters, then the others, each in model order."""
-    named = list(named)
-    return [
-        {"params": [p for name, p in named if decays(name, p)], "weight_decay": weight_decay},
-        {"params": [p for name, p in named if not decays(name, p)], "weight_decay": 0.0},
-    ]
 
 
 def layer_id(name: str, depth: int) -> int:

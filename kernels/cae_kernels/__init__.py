@@ -1,17 +1,22 @@
 """Fused ops of the context autoencoder; every op has a plain torch reference beside it."""
 
+from .adamw import adamw, adamw_state
 from .alignment_loss import alignment_loss
 from .attention import attention
 from .block_mask import block_mask, random_mask
 from .cross_attention import cross_attention
 from .gather_tokens import gather_tokens
+from .linear_argmax import linear_argmax
 from .linear_cross_entropy import linear_cross_entropy
 from .linear_gelu import linear_gelu
 from .philox import drop_path_scales
-from .residual_norm import QKV, layer_norm, norm_qkv, residual_norm, residual_norm_qkv
+from .qkv_norm import QKV, norm_qkv, residual_norm_qkv
+from .residual_norm import layer_norm, residual_norm
 
 __all__ = [
     "QKV",
+    "adamw",
+    "adamw_state",
     "alignment_loss",
     "attention",
     "block_mask",
@@ -19,6 +24,7 @@ __all__ = [
     "drop_path_scales",
     "gather_tokens",
     "layer_norm",
+    "linear_argmax",
     "linear_cross_entropy",
     "linear_gelu",
     "norm_qkv",

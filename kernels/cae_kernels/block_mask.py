@@ -21,6 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .dispatch import backend
+from .mask_kernels import launch_block_mask, launch_random_mask
 from .philox import STREAM_MASK, draw, uniform
 
 MAX_PROPOSALS = 4096
@@ -50,10 +52,26 @@ def block_mask(
     _check_count(height, width, num_masked)
     max_block = num_masked if max_block is None else max_block
     _check_blocks(height, width, num_masked, min_block, max_block, min_aspect)
+    run = {"triton": launch_block_mask, "reference": block_mask_reference}[backend("block_mask", positions)]
+    positions = positions.contiguous()
+    return run(positions, seed, height, width, num_masked, min_block, max_block, min_aspect, MAX_PROPOSALS)
+
+
+def block_mask_reference(
+    positions: Tensor,
+    seed: int,
+    height: int,
+    width: int,
+    num_masked: int,
+    min_block: int,
+    max_block: int,
+    min_aspect: float,
+    max_proposals: int,
+) -> tuple[Tensor, Tensor]:
     free = torch.ones(len(positions), height, width, dtype=torch.float32, device=positions.device)  # 0 once masked
     remaining = free.new_full((len(positions),), num_masked)  # (B,) patches left to mask
     active = torch.arange(len(positions), device=positions.device)
-    for first in range(0, MAX_PROPOSALS, _DRAWN_AT_ONCE):
+    for first in range(0, max_proposals, _DRAWN_AT_ONCE):
         proposals = _draw_proposals(positions[active], seed, first, min_aspect)
         free[active], remaining[active] = _place(free[active], remaining[active], proposals, min_block, max_block)
         active = active[remaining[active] > 0]
@@ -70,7 +88,11 @@ def random_mask(positions: Tensor, *, seed: int, height: int, width: int, num_ma
     Masks the patches with the smallest 32-bit random numbers; patch n takes word n % 4 of draw n // 4 of STREAM_MASK.
     """
     _check_count(height, width, num_masked)
-    patches = height * width
+    run = {"triton": launch_random_mask, "reference": random_mask_reference}[backend("random_mask", positions)]
+    return run(positions.contiguous(), seed, height * width, num_masked)
+
+
+def random_mask_reference(positions: Tensor, seed: int, patches: int, num_masked: int) -> tuple[Tensor, Tensor]:
     draws = torch.arange((patches + 3) // 4, device=positions.device)  # (ceil(N / 4),)
     words = torch.stack(draw(seed, STREAM_MASK, draws, positions[:, None]), dim=-1).flatten(1)  # (B, >= N)
     order = words[:, :patches].argsort(dim=1, stable=True)  # (B, N)

@@ -1,28 +1,306 @@
-"""Residual update and the LayerNorms that read it: x' = x + keep * gamma * branch, then LN(x') or LN(x' + position).
+"""Residual update and the LayerNorm that reads it, in one pass: x' = x + keep * gamma * branch, normed = LN(x').
 
-B batch, n tokens, N patches, D width.
-`keep` is drop path's per-sample factor: 0 or 1 / (1 - rate). Statistics are float32 whatever the inputs are.
+LN(x) = weight * hat + bias, hat = (x - mean) / sqrt(var + eps), over D. Backward, with g = d_normed, gw = g * weight:
+d_x = d_x' + (gw - mean(gw) - hat * mean(gw * hat)) / sqrt(var + eps), d_branch = keep * gamma * d_x,
+d_gamma = sum(keep * d_x * branch), d_weight = sum(g * hat), d_bias = sum(g), sums over B and n.
+B batch, n tokens, D width, K = 3 parameter vectors (2 without a branch): weight, bias, gamma.
+`keep` is drop path's per-sample factor: 0 or 1 / (1 - rate); the branch of a dropped sample is not read.
+Statistics and sums are float32 whatever the inputs are. Forward reads x and branch and writes x' and normed; backward
+reads both gradients, x and branch (x' is made again: exact where the stored one is rounded) and writes d_x, d_branch.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .dispatch import backend, custom_ops_wanted
+from .norm_rows import (
+    BACKWARD_LAUNCH,
+    FORWARD_LAUNCH,
+    STAGES,
+    block_of,
+    check_rows,
+    load_branch,
+    load_vector,
+    load_x,
+    new_gradients,
+    normalize,
+    normalize_backward,
+    renormalize,
+    store_partial,
+    sum_rows,
+    tile_rows,
+    unit_columns,
+)
+from .triton_language import INTERPRETED, tl, triton
+
 Norm = tuple[Tensor, Tensor]  # weight (D,), bias (D,)
-QKV = tuple[Tensor | None, Tensor, Tensor]  # inputs of the query, key and value projections, each (B, n, D)
 
 
 def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+    wide = torch.promote_types(x.dtype, weight.dtype)
+    normed = F.layer_norm(x.to(wide), (x.shape[-1],), weight.to(wide), bias.to(wide), eps)
+    return normed.to(weight.dtype)
 
 
 def residual_reference(x: Tensor, branch: Tensor, gamma: Tensor, keep: Tensor | None) -> Tensor:
     scaled = gamma * branch  # (B, n, D)
-    return x + (scaled if keep is None else scaled * keep.to(x.dtype)[:, None, None])
+    return (x + (scaled if keep is None else scaled * keep[:, None, None])).to(x.dtype)
+
+
+def residual_norm_reference(
+    x: Tensor, branch: Tensor, gamma: Tensor, keep: Tensor | None, norm: Norm, eps: float
+) -> tuple[Tensor, Tensor]:
+    x_new = residual_reference(x, branch, gamma, keep)
+    return x_new, layer_norm_reference(x_new, *norm, eps).to(branch.dtype)
+
+
+def statistics_reference(value: Tensor, eps: float) -> Tensor:
+    """Mean and 1 / sqrt(var + eps) over the last dimension, (2, B, n), at least float32."""
+    value = value.to(torch.promote_types(value.dtype, torch.float32))
+    return torch.stack((value.mean(-1), (value.var(-1, unbiased=False) + eps).rsqrt()))
+
+
+def normalize_backward_reference(
+    d_normed: Tensor, value: Tensor, weight: Tensor, stats: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of value, weight and bias, in the type of stats."""
+    mean, rstd = stats[..., None]  # (B, n, 1) each
+    hat = (value.to(stats.dtype) - mean) * rstd
+    grad = d_normed.to(stats.dtype)
+    d_hat = grad * weight
+    d_value = (d_hat - d_hat.mean(-1, keepdim=True) - hat * (d_hat * hat).mean(-1, keepdim=True)) * rstd
+    return d_value, (grad * hat).sum((0, 1)), grad.sum((0, 1))
+
+
+def _forward_reference(
+    x: Tensor,
+    branch: Tensor | None,
+    gamma: Tensor | None,
+    keep: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if branch is None or gamma is None:
+        return x.new_empty(0), layer_norm_reference(x, weight, bias, eps).contiguous(), statistics_reference(x, eps)
+    x_new, normed = residual_norm_reference(x, branch, gamma, keep, (weight, bias), eps)
+    return x_new.contiguous(), normed.contiguous(), statistics_reference(x_new, eps)
+
+
+def _backward_reference(
+    d_x_new: Tensor | None,
+    d_normed: Tensor,
+    x: Tensor,
+    branch: Tensor | None,
+    gamma: Tensor | None,
+    keep: Tensor | None,
+    weight: Tensor,
+    stats: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    updated = x if branch is None or gamma is None else residual_reference(x, branch, gamma, keep)
+    d_x, d_weight, d_bias = normalize_backward_reference(d_normed, updated, weight, stats)
+    if d_x_new is not None:
+        d_x = d_x + d_x_new
+    if branch is None or gamma is None:
+        return d_x.to(x.dtype), x.new_empty(0), torch.stack((d_weight, d_bias)).to(weight.dtype)
+    d_kept = d_x if keep is None else d_x * keep[:, None, None]
+    sums = torch.stack((d_weight, d_bias, (d_kept * branch).sum((0, 1))))  # (3, D)
+    return d_x.to(x.dtype), (d_kept * gamma).to(branch.dtype), sums.to(weight.dtype)
+
+
+@triton.jit
+def _forward_kernel(
+    x,
+    branch,
+    gamma,
+    keep,
+    weight,
+    bias,
+    x_new,
+    normed,
+    stats,
+    rows,
+    tokens,
+    batch_stride,
+    row_stride,
+    eps,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    row, exists, image = tile_rows(tl.program_id(0) * ROWS, rows, tokens, ROWS)
+    column = tl.arange(0, BLOCK)
+    inside = exists[:, None] & (column < D)[None, :]
+    offset = row.to(tl.int64)[:, None] * D + column[None, :]
+    value = load_x(x, row, image, tokens, batch_stride, row_stride, column, inside)
+    if branch is not None:
+        branch_value, kept = load_branch(branch, keep, offset, image, exists, inside)
+        value += kept * load_vector(gamma, column, D) * branch_value
+        tl.store(x_new + offset, value.to(x_new.dtype.element_ty), mask=inside)
+    hat, mean, rstd = normalize(value, inside, eps, D)
+    out = hat * load_vector(weight, column, D) + load_vector(bias, column, D)
+    tl.store(normed + offset, out.to(normed.dtype.element_ty), mask=inside)
+    tl.store(stats + row, mean, mask=exists)
+    tl.store(stats + rows + row, rstd, mask=exists)
+
+
+@triton.jit
+def _backward_kernel(
+    d_x_new,
+    d_normed,
+    x,
+    branch,
+    gamma,
+    keep,
+    weight,
+    stats,
+    d_x,
+    d_branch,
+    partial,
+    rows,
+    tokens,
+    batch_stride,
+    row_stride,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    column = tl.arange(0, BLOCK)
+    scale = load_vector(weight, column, D)
+    d_weight = tl.zeros((ROWS, BLOCK), tl.float32)
+    d_bias = tl.zeros((ROWS, BLOCK), tl.float32)
+    if branch is not None:
+        layer_scale = load_vector(gamma, column, D)
+        d_gamma = tl.zeros((ROWS, BLOCK), tl.float32)
+    for first in tl.range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
+        row, exists, image = tile_rows(first, rows, tokens, ROWS)
+        inside = exists[:, None] & (column < D)[None, :]
+        offset = row.to(tl.int64)[:, None] * D + column[None, :]
+        value = load_x(x, row, image, tokens, batch_stride, row_stride, column, inside)
+        if branch is not None:
+            branch_value, kept = load_branch(branch, keep, offset, image, exists, inside)
+            value += kept * layer_scale * branch_value
+        grad = tl.load(d_normed + offset, mask=inside, other=0.0).to(tl.float32)
+        hat, rstd = renormalize(value, stats, row, rows, exists)
+        d_weight += grad * hat
+        d_bias += grad
+        total = normalize_backward(grad * scale, hat, rstd, D)
+        if d_x_new is not None:
+            total += tl.load(d_x_new + offset, mask=inside, other=0.0).to(tl.float32)
+        tl.store(d_x + offset, total.to(d_x.dtype.element_ty), mask=inside)
+        if branch is not None:
+            total *= kept
+            d_gamma += total * branch_value
+            tl.store(d_branch + offset, (total * layer_scale).to(d_branch.dtype.element_ty), mask=inside)
+    store_partial(partial, 0, d_weight, column, D)
+    store_partial(partial, 1, d_bias, column, D)
+    if branch is not None:
+        store_partial(partial, 2, d_gamma, column, D)
+
+
+def _new_outputs(x: Tensor, branch: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for the new residual stream (nothing without a branch), the normed rows and (2, B, n) statistics."""
+    x_new = x.new_empty(0 if branch is None else x.shape)
+    normed = x.new_empty(x.shape, dtype=(weight if branch is None else branch).dtype)  # (B, n, D)
+    return x_new, normed, x.new_empty((2, *x.shape[:2]), dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def _forward(x, branch, gamma, keep, weight, bias, eps):
+    x, branch = unit_columns(x), None if branch is None else branch.contiguous()
+    outputs = _new_outputs(x, branch, weight)
+    batch, tokens, width = x.shape
+    block = block_of(width)
+    tile, num_warps = FORWARD_LAUNCH[block]
+    inputs = x, branch, gamma, keep, weight, bias
+    sizes = batch * tokens, tokens, x.stride(0), x.stride(1), eps, width, block, tile
+    _forward_kernel[(triton.cdiv(batch * tokens, tile),)](*inputs, *outputs, *sizes, num_warps=num_warps)
+    return outputs
+
+
+def _backward(d_x_new, d_normed, x, branch, gamma, keep, weight, stats):
+    x, d_normed = unit_columns(x), d_normed.contiguous()
+    d_x_new = None if d_x_new is None else d_x_new.contiguous()
+    branch = None if branch is None else branch.contiguous()
+    d_x, d_branch = new_gradients(x, branch)
+    batch, tokens, width = x.shape
+    block = block_of(width)
+    tile, num_warps, most = BACKWARD_LAUNCH[block]
+    programs = min(most, triton.cdiv(batch * tokens, tile))
+    partial = x.new_empty((2 if branch is None else 3, programs, width), dtype=torch.float32)  # (K, programs, D)
+    inputs = d_x_new, d_normed, x, branch, gamma, keep, weight, stats
+    sizes = batch * tokens, tokens, x.stride(0), x.stride(1), width, block, tile, STAGES
+    _backward_kernel[(programs,)](*inputs, d_x, d_branch, partial, *sizes, num_warps=num_warps)
+    return d_x, d_branch, sum_rows(partial, weight.dtype)
+
+
+_forward_op = torch.library.custom_op("cae::residual_norm", _forward_reference, mutates_args=())
+_backward_op = torch.library.custom_op("cae::residual_norm_backward", _backward_reference, mutates_args=())
+for _device in ("cuda", "cpu") if INTERPRETED else ("cuda",):
+    _forward_op.register_kernel(_device, _forward)
+    _backward_op.register_kernel(_device, _backward)
+
+
+@_forward_op.register_fake
+def _forward_fake(x, branch, gamma, keep, weight, bias, eps):
+    return _new_outputs(x, branch, weight)
+
+
+@_backward_op.register_fake
+def _backward_fake(d_x_new, d_normed, x, branch, gamma, keep, weight, stats):
+    return *new_gradients(x, branch), weight.new_empty((2 if branch is None else 3, x.shape[2]))
+
+
+def _save(ctx, inputs, output):
+    x, branch, gamma, keep, weight, _, _ = inputs
+    ctx.save_for_backward(x, branch, gamma, keep, weight, output[2])
+    ctx.normed_dtype = output[1].dtype
+    ctx.set_materialize_grads(False)  # where one output is not used, no zeros are made and read for it
+
+
+def _gradients(backward, ctx, d_x_new, d_normed):
+    x, branch, gamma, *_ = ctx.saved_tensors
+    if d_normed is None:
+        d_normed = x.new_zeros(x.shape, dtype=ctx.normed_dtype)
+    d_x, d_branch, sums = backward(d_x_new if branch is not None else None, d_normed, *ctx.saved_tensors)
+    if branch is None:
+        return d_x, None, None, None, sums[0], sums[1], None
+    return d_x, d_branch, sums[2].to(gamma.dtype), None, sums[0], sums[1], None
+
+
+_forward_op.register_autograd(
+    lambda ctx, d_x_new, d_normed, d_stats: _gradients(_backward_op, ctx, d_x_new, d_normed), setup_context=_save
+)
+
+
+class _Function(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _forward(*inputs)
+        _save(ctx, inputs, output)
+        return output[:2]
+
+    @staticmethod
+    def backward(ctx, d_x_new, d_normed):
+        return _gradients(_backward, ctx, d_x_new, d_normed)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """LayerNorm over the last dimension. x: (B, n, D); weight, bias: (D,). Returns (B, n, D)."""
-    return layer_norm_reference(x, weight, bias, eps)
+    """LayerNorm over the last dimension. x: (B, n, D); weight, bias: (D,). Returns (B, n, D) in weight's dtype."""
+    chosen = backend("layer_norm", x)
+    if chosen == "reference":
+        return layer_norm_reference(x, weight, bias, eps)
+    if chosen == "liger":
+        from liger_kernel.ops.layer_norm import LigerLayerNormFunction
+
+        return LigerLayerNormFunction.apply(x, weight, bias, eps).to(weight.dtype)
+    if chosen == "apex":
+        from apex.normalization.fused_layer_norm import mixed_dtype_fused_layer_norm_affine
+
+        return mixed_dtype_fused_layer_norm_affine(x, weight, bias, weight.shape, eps)
+    check_rows(x, None, None, (weight, bias))
+    return (_forward_op if custom_ops_wanted() else _Function.apply)(x, None, None, None, weight, bias, eps)[1]
 
 
 def residual_norm(
@@ -30,41 +308,12 @@ def residual_norm(
 ) -> tuple[Tensor, Tensor]:
     """Add a scaled branch to the residual stream and normalize the sum.
 
-    x, branch: (B, n, D); gamma: LayerScale (D,); keep: (B,) float32 or None; norm: weight and bias (D,).
-    Returns the new residual stream and its LayerNorm, both (B, n, D).
+    x, branch: (B, n, D), x's rows spaced anyhow; gamma: LayerScale (D,); keep: (B,) float32 or None; norm: weight and
+    bias (D,). x may be float32 where the branch is bfloat16. Returns the new residual stream in x's dtype and its
+    LayerNorm in the branch's, both (B, n, D). Raises ValueError for other shapes and for D above 4096.
     """
-    x = residual_reference(x, branch, gamma, keep)
-    return x, layer_norm_reference(x, *norm, eps)
-
-
-def norm_qkv(
-    x: Tensor, pos_embed: Tensor, ids: Tensor, norm_q: Norm | None, norm_k: Norm, norm_v: Norm, eps: float
-) -> QKV:
-    """The regressor's input norms: of x + position for queries and keys, of x for values.
-
-    x: (B, n, D); pos_embed: (N, D) table; ids: (B, n) rows of it; norm_q: None where no queries are made.
-    Returns inputs of the query, key and value projections, each (B, n, D).
-    """
-    positioned = x + pos_embed[ids]  # (B, n, D)
-    query = None if norm_q is None else layer_norm_reference(positioned, *norm_q, eps)
-    return query, layer_norm_reference(positioned, *norm_k, eps), layer_norm_reference(x, *norm_v, eps)
-
-
-def residual_norm_qkv(
-    x: Tensor,
-    branch: Tensor,
-    gamma: Tensor,
-    keep: Tensor | None,
-    pos_embed: Tensor,
-    ids: Tensor,
-    norm_q: Norm,
-    norm_k: Norm,
-    norm_v: Norm,
-    eps: float,
-) -> tuple[Tensor, QKV]:
-    """`residual_norm`'s update followed by `norm_qkv`'s three norms of the new residual stream.
-
-    Shapes as there. Returns the new residual stream (B, n, D) and the three norms.
-    """
-    x = residual_reference(x, branch, gamma, keep)
-    return x, norm_qkv(x, pos_embed, ids, norm_q, norm_k, norm_v, eps)
+    if backend("residual_norm", x) == "reference":
+        return residual_norm_reference(x, branch, gamma, keep, norm, eps)
+    check_rows(x, branch, keep, (gamma, *norm))
+    apply = _forward_op if custom_ops_wanted() else _Function.apply
+    return apply(x, branch, gamma, keep, *norm, eps)[:2]
