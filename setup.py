@@ -15,7 +15,14 @@ extras = {
     "data": ["nvidia-dali-cuda130>=2.2"],
     "eval": ["timm>=1.0.26", "torchmetrics>=1.8"],
     "wandb": ["wandb>=0.22"],
-    "dev": ["pytest>=8.4", "pytest-benchmark>=5.1", "scipy>=1.14", "ruff>=0.14", "mypy>=1.18", "types-PyYAML"],
+    "dev": [
+        'triton>=3.6; platform_system == "Linux"',
+        "pytest>=8.4",
+        "pytest-benchmark>=5.1",
+        "scipy>=1.14",
+        "ruff>=0.14",
+        "mypy>=1.18",
+    ],
 }
 
 setup(

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import torch
 from cae_kernels import block_mask, drop_path_scales, random_mask
+from cae_kernels.dispatch import BACKENDS, backend
 from omegaconf import OmegaConf
 from torch import Tensor
 
@@ -224,6 +225,8 @@ def prepare(config: PretrainConfig) -> Job:
     config.model = replace(config.model, **asdict(shape))
     check_training(config)
     device = choose_device(config.train)
+    kernels = kernel_backends(device)
+    log.info("kernels: %s (why not others: cae-fast doctor)", summary(kernels))
     targets = make_targets(config.target, shape.patch_size)
     mask, num_masked = make_mask(config.mask, shape.image_size // shape.patch_size, config.train.seed)
     state = newest_state(config)
@@ -249,7 +252,7 @@ def prepare(config: PretrainConfig) -> Job:
     start = 0 if state is None else resume(config, engine, state, index.fingerprint)
     run_dir.mkdir(parents=True, exist_ok=True)
     remove_leftovers(run_dir)
-    describe(config, run_dir, device)
+    describe(config, run_dir, device, kernels)
     rates = torch.tensor(model.branch_rates(), device=device)  # (L,)
     normalize = Normalize(config.data.mean, config.data.std, device)
     return Job(config, run_dir, device, index, plan, mask, num_masked, model, engine, targets, normalize, rates, start)
@@ -349,7 +352,23 @@ def make_monitor(job: Job) -> Monitor:
     )
 
 
-def describe(config: PretrainConfig, run_dir: Path, device: torch.device) -> None:
+def summary(kernels: dict[str, str]) -> str:
+    """Backends with their ops: `triton: attention, ...; reference: ...`; the ops are left out where all share one."""
+    by_backend = {name: [op for op in kernels if kernels[op] == name] for name in dict.fromkeys(kernels.values())}
+    if len(by_backend) == 1:
+        return f"all {next(iter(by_backend))}"
+    return "; ".join(f"{name}: {', '.join(ops)}" for name, ops in by_backend.items())
+
+
+def kernel_backends(device: torch.device) -> dict[str, str]:
+    """The backend of every op on this device; UserError where CAE_KERNELS asks for one that cannot run."""
+    try:
+        return {op: backend(op, torch.empty(0, device=device)) for op in BACKENDS}
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def describe(config: PretrainConfig, run_dir: Path, device: torch.device, kernels: dict[str, str]) -> None:
     """Keep the resolved settings and what they ran on beside the results."""
     write_text(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
@@ -362,5 +381,6 @@ def describe(config: PretrainConfig, run_dir: Path, device: torch.device) -> Non
         "python": sys.version.split()[0],
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
+        "kernels": kernels,
     }
     write_text(run_dir / "environment.json", json.dumps(facts, indent=1))

@@ -102,6 +102,13 @@ def test_a_launcher_is_refused(images, monkeypatch, capsys):
     assert "WORLD_SIZE is 4" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("setting", ["attention=fast", "attention=triton", "speed=triton"])
+def test_impossible_kernels_are_named(images, monkeypatch, capsys, setting):
+    monkeypatch.setenv("CAE_KERNELS", setting)
+    assert main(["pretrain", images, "train.device=cpu"]) == 2
+    assert "CAE_KERNELS" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("argv", "said"), [(["pretain"], "'pretrain'"), (["pretrain", "none.yaml"], "none.yaml")])
 def test_wrong_words(argv, said, capsys):
     assert main(argv) == 2

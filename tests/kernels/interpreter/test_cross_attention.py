@@ -73,12 +73,13 @@ def test_one_source_far_above_the_other(louder):
 
 
 def test_strided_inputs_are_read_in_place(monkeypatch):
-    images, visible, masked, heads, width = 2, 20, 18, 2, 32
-    wide = torch.randn(images, visible + masked + 1, 3, heads + 1, width + 8)[..., :width]
-    query, key, value = wide[:, 1:, :, 1:].unbind(2)
-    sources = (key[:, :visible], value[:, :visible], key[:, visible:], value[:, visible:])
+    images, visible, masked, heads, width = 2, 70, 66, 2, 32  # two chunks of keys in each source
+    wide = torch.randn(images, masked + 1, 3, heads + 1, width + 8)[..., :width]
+    query, *own = wide[:, 1:, :, 1:].unbind(2)
+    others = torch.randn(images, visible, heads, 2 * width).split(width, -1)
+    sources = (*others, *own)
     dout = torch.randn(images, heads, masked, width).transpose(1, 2)
-    tensors = (query[:, visible:], *sources)
+    tensors = (query, *sources)
     expected, expected_gradients = truth((*tensors, dout), 0.2)
     monkeypatch.setattr(torch.Tensor, "contiguous", lambda self: pytest.fail("copied"))
     assert_close(_forward(*tensors, 0.2), expected, *LIMITS[torch.float32][0])
