@@ -135,6 +135,7 @@ def _backward_kernel(
         ds_line, ds_corner = _extra_gradients(p_line, p_corner, extra_g, v, extra_v, scale, C2)
         end = rows * (3 * H * C)
         store_row(dquery + end, weighted_rows(ds_line, k, ds_corner, extra_k, C2), C, C1, C2)
+        tl.debug_barrier()  # so that rows and tiles used again are read again, not kept in registers
     p = log2_scores(q, k, rows, scale, C2)
     top = tl.max(p, 1)
     if EXTRA:

@@ -289,5 +289,6 @@ def report_specs() -> list[Spec]:
         ):  # fmt: skip
             signature = dict(zip(kernel.arg_names, arguments, strict=True))
             launch = NUM_WARPS[rows], 3, batch * heads, count * products, moved * element
-            specs.append(Spec(f"cross_attention {name} {model}", kernel, signature, *launch, options=options))
+            narrow = "the last 16 columns of 64 keys: 8 bytes a thread" if options and split_width(width)[1] else ""
+            specs.append(Spec(f"cross_attention {name} {model}", kernel, signature, *launch, options, narrow))
     return specs

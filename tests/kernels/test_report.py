@@ -25,9 +25,8 @@ pytestmark = [
 
 SPECS = collect()
 # Triton 3.6, which torch 2.11 comes with, fits these into a thread's 255 registers; 3.9 misses by so many bytes and
-# local accesses. More warps spill more (1638 at 16 warps for the last), so the launches stay as they are.
-SPILLS_SINCE_TRITON_3_7 = {
-    "attention backward ViT-H": 10,
+# local accesses; 16 warps spill more (1638 in the last).
+SPILLS_AFTER_TRITON_3_6 = {
     "cross_attention backward ViT-L": 20,
     "cross_attention backward ViT-H": 631,
 }
@@ -35,7 +34,7 @@ SPILLS_SINCE_TRITON_3_7 = {
 
 def allowed_spills(name: str) -> int:
     newer = tuple(map(int, triton.__version__.split(".")[:2])) > (3, 6)
-    return SPILLS_SINCE_TRITON_3_7.get(name, 0) if newer else 0
+    return SPILLS_AFTER_TRITON_3_6.get(name, 0) if newer else 0
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=[spec.name for spec in SPECS])

@@ -1,0 +1,321 @@
+"""Time every op's backends side by side, at the shapes of ViT-B, L and H; refuse to time what is not correct.
+
+    python benchmarks/ops.py                           # a GPU: bfloat16, real shapes; a CPU: float32, tiny shapes
+    python benchmarks/ops.py -k attention --json out.json
+
+Each row is one backend of one op: median milliseconds of the forward and of the backward pass, bytes that must move
+over that time as a share of the copy bandwidth measured in the same run, and the ratio to the plain torch reference.
+"""
+
+# B batch, N patches, n tokens, D width, H heads, C head width, V codes.
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._functorch.config as functorch_config
+from cae_kernels import (
+    alignment_loss,
+    attention,
+    cross_attention,
+    gather_tokens,
+    layer_norm,
+    linear_argmax,
+    linear_cross_entropy,
+    linear_gelu,
+    norm_qkv,
+    residual_norm,
+    residual_norm_qkv,
+)
+from cae_kernels.dispatch import BACKENDS, why_not
+from torch import Tensor
+
+functorch_config.donated_buffer = False  # or a compiled backward pass could be timed once only
+
+EPS = 1e-6
+LIMITS = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # relative Frobenius distance from plain torch in the same type
+# batch, patches, width, heads
+SHAPES = {
+    "ViT-B": (256, 196, 768, 12),
+    "ViT-L": (256, 196, 1024, 16),
+    "ViT-H": (128, 256, 1280, 16),
+    "tiny": (8, 16, 96, 3),
+}
+
+
+@dataclass
+class Case:
+    """One call: `run` on `inputs`; gradients of the float ones unless `forward_only`. `moved`: bytes that must move."""
+
+    op: str
+    shape: str
+    run: Callable[..., Any]
+    inputs: list[Tensor]
+    moved: tuple[int, int]
+    forward_only: bool = False
+
+
+def cases(name: str, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
+    batch, patches, width, heads = SHAPES[name]
+    half, head, codes = patches // 2, width // heads, 8192 if name != "tiny" else 512
+    tokens, size = half + 1, torch.finfo(dtype).bits // 8
+    rows, masked = batch * tokens, batch * half
+
+    def make(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device).to(dtype)
+
+    ids = torch.rand(batch, patches, device=device).argsort(1)
+    visible_ids, masked_ids = ids[:, :half].sort(1).values, ids[:, half:].sort(1).values
+    table, vectors = make(patches, width), [make(width) for _ in range(7)]
+    positions = make(patches + 1, width)
+    stream = size * rows * width
+    masked_stream = size * masked * width
+    scale = head**-0.5
+
+    yield Case(
+        "attention",
+        name,
+        lambda qkv: attention(qkv, scale),
+        [make(batch, tokens, 3, heads, head)],
+        (4 * stream, 7 * stream),
+    )
+    yield Case(
+        "cross_attention",
+        name,
+        lambda q, k1, v1, k2, v2: cross_attention(q, (k1, v1), (k2, v2), scale),
+        [make(batch, half, heads, head) for _ in range(5)],
+        (6 * masked_stream, 11 * masked_stream),
+    )
+    yield Case(
+        "layer_norm",
+        name,
+        lambda x, w, b: layer_norm(x, w, b, EPS),
+        [make(batch, tokens, width), *vectors[:2]],
+        (2 * stream, 3 * stream),
+    )
+    yield Case(
+        "residual_norm",
+        name,
+        lambda x, y, g, w, b: residual_norm(x, y, g, None, (w, b), EPS),
+        [make(batch, tokens, width), make(batch, tokens, width), *vectors[:3]],
+        (4 * stream, 6 * stream),
+    )
+    yield Case(
+        "residual_norm",
+        f"{name} qkv",
+        lambda x, y, g, *w: residual_norm_qkv(x, y, g, None, table, masked_ids, w[:2], w[2:4], w[4:], EPS),
+        [make(batch, half, width), make(batch, half, width), *vectors],
+        (6 * masked_stream, 8 * masked_stream),
+    )
+    yield Case(
+        "residual_norm",
+        f"{name} kv",
+        lambda x, *w: norm_qkv(x, table, visible_ids, None, w[:2], w[2:], EPS)[1:],
+        [make(batch, half, width), *vectors[:4]],
+        (3 * masked_stream, 4 * masked_stream),
+    )
+    yield Case(
+        "gather_tokens",
+        name,
+        lambda patch, cls: gather_tokens(patch, visible_ids, masked_ids, cls, positions),
+        [make(batch, patches, width), make(1, 1, width)],
+        (4 * stream, 3 * masked_stream),
+    )
+    hidden = 4 * width
+    yield Case(
+        "linear_gelu",
+        name,
+        linear_gelu,
+        [make(batch, tokens, width), make(hidden, width) * width**-0.5, make(hidden)],
+        (5 * stream, 14 * stream),
+    )
+    target = torch.randint(codes, (masked,), device=device)
+    yield Case(
+        "linear_cross_entropy",
+        name,
+        lambda x, w, b: linear_cross_entropy(x, w, b, target)[0],
+        [make(masked, width), make(codes, width) * width**-0.5, make(codes)],
+        (2 * size * masked * codes, 2 * masked_stream),
+    )
+    yield Case(
+        "linear_argmax",
+        name,
+        linear_argmax,
+        [make(masked, 2048), make(codes, 2048), make(codes)],
+        (size * (masked + codes) * 2048, 0),
+        forward_only=True,
+    )
+    other = make(batch, half, width)
+    yield Case(
+        "alignment_loss",
+        name,
+        lambda x: alignment_loss(x, other),
+        [make(batch, half, width)],
+        (2 * masked_stream, 3 * masked_stream),
+    )
+
+
+def backends(op: str, device: torch.device) -> list[str]:
+    usable = [name for name in BACKENDS[op] if why_not(op, name, device.type) is None]
+    return ["reference", "compiled", *(name for name in usable if name != "reference")]
+
+
+def choose(op: str, name: str) -> None:
+    """`compiled` is torch.compile of the reference."""
+    os.environ["CAE_KERNELS"] = f"{op}={'reference' if name == 'compiled' else name}"
+
+
+def flat(outputs: Any) -> list[Tensor]:
+    """The tensors of nested tuples, without Nones."""
+    if isinstance(outputs, tuple):
+        return [tensor for part in outputs for tensor in flat(part)]
+    return [] if outputs is None else [outputs]
+
+
+def outputs_and_gradients(case: Case, run: Callable[..., Any], inputs: list[Tensor]) -> list[Tensor]:
+    outputs = flat(run(*inputs))
+    if case.forward_only:
+        return outputs
+    trained = [out for out in outputs if out.requires_grad]
+    weights = [torch.linspace(0.5, 1.5, out.shape[-1] if out.ndim else 1, device=out.device) for out in trained]
+    loss = torch.stack([(out.float() * weight).sum() for out, weight in zip(trained, weights, strict=True)]).sum()
+    gradients = torch.autograd.grad(loss, inputs, allow_unused=True)
+    return [*outputs, *(gradient for gradient in gradients if gradient is not None)]
+
+
+def error(actual: list[Tensor], expected: list[Tensor]) -> float:
+    """The worst relative Frobenius error; for integers the share that differs."""
+    worst = 0.0
+    for a, b in zip(actual, expected, strict=True):
+        if not a.is_floating_point():
+            worst = max(worst, (a != b).float().mean().item())
+            continue
+        worst = max(worst, ((a.float() - b.float()).norm() / b.float().norm().clamp_min(1e-12)).item())
+    return worst
+
+
+def time_ms(run: Callable[[], Any], device: torch.device, seconds: float) -> list[float]:
+    """Milliseconds of single calls, after a warm-up; real shapes exceed any cache, so inputs need no rotation."""
+    run()
+    samples: list[float] = []
+    began = time.perf_counter()
+    while time.perf_counter() - began < seconds or len(samples) < 5:
+        if device.type == "cuda":
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            first.record()
+            run()
+            last.record()
+            last.synchronize()
+            samples.append(first.elapsed_time(last))
+        else:
+            start = time.perf_counter()
+            run()
+            samples.append((time.perf_counter() - start) * 1e3)
+    return samples
+
+
+def measure(case: Case, name: str, truth: list[Tensor], device: torch.device, seconds: float) -> dict:
+    choose(case.op, name)
+    run = torch.compile(case.run) if name == "compiled" else case.run
+    inputs = [tensor.detach().clone().requires_grad_(not case.forward_only) for tensor in case.inputs]
+    wrong = error(outputs_and_gradients(case, run, inputs), truth)
+    row: dict[str, Any] = {"op": case.op, "shape": case.shape, "backend": name, "error": wrong}
+    if not wrong <= LIMITS[case.inputs[0].dtype]:
+        return row | {"failed": f"error {wrong:.1e}; not timed"}
+    if case.forward_only:
+        return row | {"forward_ms": time_ms(lambda: run(*inputs), device, seconds)}
+    outputs = flat(run(*inputs))
+    outputs = [out for out in outputs if out.requires_grad]
+    upstream = [torch.randn_like(out) for out in outputs]
+
+    def backward() -> None:
+        torch.autograd.grad(outputs, inputs, upstream, retain_graph=True, allow_unused=True)
+
+    return row | {
+        "forward_ms": time_ms(lambda: run(*inputs), device, seconds),
+        "backward_ms": time_ms(backward, device, seconds),
+    }
+
+
+def copy_bandwidth(device: torch.device, seconds: float) -> float:
+    """Bytes read and written per second by a plain copy."""
+    source = torch.empty(2**29 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / (statistics.median(time_ms(lambda: target.copy_(source), device, seconds)) * 1e-3)
+
+
+def table_row(case: Case, row: dict, reference: dict, bandwidth: float) -> str:
+    start = f"{case.op:22s} {case.shape:10s} {row['backend']:15s}"
+    if "failed" in row:
+        return f"{start} FAILED: {row['failed']}"
+    cells = [f"error {row['error']:.1e}"]
+    for key, moved in (("forward_ms", case.moved[0]), ("backward_ms", case.moved[1])):
+        if key in row:
+            median = statistics.median(row[key])
+            ratio = statistics.median(reference[key]) / median if key in reference else float("nan")
+            share = moved / (median * 1e-3) / bandwidth
+            cells.append(f"{key[:-3]} {median:9.3f} ms  {share:5.0%} of copy  {ratio:5.2f}x")
+    return f"{start} {'   '.join(cells)}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-k", default="", help="only ops with this in their name")
+    parser.add_argument(
+        "--shapes", nargs="*", choices=list(SHAPES), help="default: all but tiny on a GPU, tiny on a CPU"
+    )
+    parser.add_argument("--seconds", type=float, default=0.2, help="of timing per number")
+    parser.add_argument("--json", type=Path, help="write raw samples here")
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    shapes = args.shapes or (["ViT-B", "ViT-L", "ViT-H"] if device.type == "cuda" else ["tiny"])
+    bandwidth = copy_bandwidth(device, args.seconds)
+    print(f"{dtype}, copy bandwidth {bandwidth / 1e9:.0f} GB/s; ratios are to the plain torch reference")
+    rows = []
+    for shape in shapes:
+        torch.manual_seed(0)
+        for case in cases(shape, device, dtype):
+            if args.k not in case.op:
+                continue
+            choose(case.op, "reference")
+            leaves = [tensor.detach().clone().requires_grad_(not case.forward_only) for tensor in case.inputs]
+            truth = outputs_and_gradients(case, case.run, leaves)
+            reference: dict = {}
+            for name in backends(case.op, device):
+                torch.compiler.reset()
+                rows.append(measure(case, name, truth, device, args.seconds))
+                reference = reference or rows[-1]
+                print(table_row(case, rows[-1], reference, bandwidth), flush=True)
+    if args.json:
+        save(args.json, rows, bandwidth, device)
+    return 1 if any("failed" in row for row in rows) else 0
+
+
+def save(path: Path, rows: list[dict], bandwidth: float, device: torch.device) -> None:
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
+    facts = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "revision": git.stdout.strip() or None,
+        "command": " ".join(sys.argv),
+        "copy_bandwidth": bandwidth,
+        "rows": rows,
+    }
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(facts))
+    os.replace(temporary, path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
