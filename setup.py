@@ -14,6 +14,7 @@ extras = {
     "distributed": ["deepspeed>=0.19.8"],
     "data": ["nvidia-dali-cuda130>=2.2"],
     "eval": ["timm>=1.0.26", "torchmetrics>=1.8"],
+    "tokenizer": ["vector-quantize-pytorch>=1.22"],
     "wandb": ["wandb>=0.22"],
     "dev": [
         'triton>=3.6; platform_system == "Linux"',
@@ -22,6 +23,9 @@ extras = {
         "scipy>=1.14",
         "ruff>=0.14",
         "mypy>=1.18",
+        "vector-quantize-pytorch>=1.22",
+        "attrs>=23.1",
+        "requests>=2.32",
     ],
 }
 

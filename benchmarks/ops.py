@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 import torch._functorch.config as functorch_config
+from torch import Tensor
+
 from cae_kernels import (
     alignment_loss,
     attention,
@@ -37,7 +39,6 @@ from cae_kernels import (
     residual_norm_qkv,
 )
 from cae_kernels.dispatch import BACKENDS, why_not
-from torch import Tensor
 
 functorch_config.donated_buffer = False  # or a compiled backward pass could be timed once only
 

@@ -11,6 +11,8 @@ from cae_fast.config import UserError
 
 COMMANDS = {
     "pretrain": "pretrain a context autoencoder on a folder of images",
+    "train-tokenizer": "train a discrete VAE whose codes can be a target of pretraining",
+    "convert": "turn other people's weights into files of ours, without running code from them",
     "index": "scan a folder of images once and write its index",
     "doctor": "show what this machine has and which kernels run on it",
 }
@@ -25,7 +27,7 @@ class LateStderr(logging.StreamHandler):
 
 
 def usage() -> str:
-    rows = "\n".join(f"  {name:10s} {text}" for name, text in COMMANDS.items())
+    rows = "\n".join(f"  {name:16s} {text}" for name, text in COMMANDS.items())
     return f"usage: cae-fast COMMAND ...\n\n{rows}\n\n`cae-fast COMMAND --help` tells more. Version {__version__}."
 
 
@@ -44,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"cae-fast: no command {name!r}; did you mean {near!r}? `cae-fast --help` lists all", file=sys.stderr)
         return 2
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[LateStderr()])
-    command = importlib.import_module(f"cae_fast.commands.{name}")
+    command = importlib.import_module(f"cae_fast.commands.{name.replace('-', '_')}")
     parser = argparse.ArgumentParser(
         prog=f"cae-fast {name}",
         description=command.__doc__,

@@ -50,7 +50,10 @@ class ModelConfig:
 @dataclass
 class TargetConfig:
     kind: str = "normalized_pixels"
-    """pixels (RGB of the normalized image) or normalized_pixels (each patch with mean 0, variance 1)."""
+    """pixels (RGB of the normalized image), normalized_pixels (each patch with mean 0, variance 1), codes (of a frozen
+    tokenizer) or features (of a frozen vision transformer, with cosine loss)."""
+    tokenizer: str | None = None
+    """codes: a file of `cae-fast convert dalle` or `cae-fast train-tokenizer`; features: an encoder.safetensors."""
     alignment_weight: float = 2.0
     """Weight of the squared error between predicted and encoded latents; 0 turns the alignment off."""
 
@@ -168,6 +171,56 @@ class PretrainConfig:
     probe: ProbeConfig = field(default_factory=ProbeConfig)
 
 
+@dataclass
+class TokenizerConfig:
+    size: str = "small"
+    """small (the shape of the original code) or large; the fields left empty below take this size's value."""
+    image_size: int = 112
+    """Side of the crops in pixels, a multiple of 8: one code stands for 8x8 pixels."""
+    width: int | None = None
+    """Channels of every convolution: small 256, large 512."""
+    num_blocks: int | None = None
+    """Residual blocks of encoder and decoder each: small 2, large 4."""
+    quantizer: str = "gumbel"
+    """gumbel (the paper's), fsq or vq; the last two need the vector-quantize-pytorch package."""
+    num_codes: int = 8192
+    code_dim: int | None = None
+    """Width of the vector that stands for a code: gumbel 512, vq 32; fsq: always the number of levels."""
+    fsq_levels: list[int] = field(default_factory=lambda: [8, 8, 8, 4, 4])
+    """Values that each coordinate is rounded to (fsq); their product is num_codes."""
+    loss: str = "logit_laplace"
+    """logit_laplace (DALL-E's likelihood, for which its KL weight is meant) or squared_error (the original code's)."""
+    straight_through: bool = False
+    """Gumbel: the decoder sees one code, with the gradient of the mixture; off: it sees the mixture, as DALL-E's."""
+    temperature: list[float] = field(default_factory=lambda: [1.0, 1 / 16])
+    """Gumbel: first and last temperature of the mixture (half a cosine between them)."""
+    temperature_steps: int = 150_000
+    """Gumbel: steps from the first temperature to the last."""
+    kl_weight: float = 6.6
+    """Gumbel: last weight of the KL divergence from the uniform distribution; the loss is divided by the 192 values
+    of a code's pixels, so a code's KL counts kl_weight / 192."""
+    kl_warmup_steps: int = 5_000
+    """Gumbel: steps in which the KL weight rises from 0 (half a cosine)."""
+    diversity_weight: float = 0.0
+    """Gumbel: weight, scaled as the KL's, of how far the batch's mean distribution is from uniform (in nats). Against
+    codebook collapse."""
+    commitment_weight: float = 1.0
+    """VQ: weight of the squared distance between a vector and its code."""
+
+
+@dataclass
+class TrainTokenizerConfig:
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    data: DataConfig = field(default_factory=lambda: DataConfig(mean=[0.5, 0.5, 0.5], std=[0.5, 0.5, 0.5]))
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+RunConfig = PretrainConfig | TrainTokenizerConfig
+
+
 def load_config(schema: type, path: str | None, overrides: list[str]) -> Any:
     """Read a YAML file and dotted overrides into `schema` (a dataclass).
 
@@ -201,7 +254,7 @@ def _unknown_key(schema: type, key: str) -> str:
     return f"unknown setting {key}; the nearest valid one is {near[0]}"
 
 
-def field_docs(schema: type, prefix: str = "") -> dict[str, tuple[Any, str]]:
+def field_docs(schema: type, prefix: str = "", defaults: Any = None) -> dict[str, tuple[Any, str]]:
     """Every leaf setting of a configuration class: {dotted name: (default, the text below the field)}."""
     texts: dict[str, str] = {}
     body = ast.parse(inspect.getsource(schema)).body[0].body  # type: ignore[attr-defined]
@@ -209,11 +262,11 @@ def field_docs(schema: type, prefix: str = "") -> dict[str, tuple[Any, str]]:
         if isinstance(node, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
             texts[node.target.id] = str(after.value.value)  # type: ignore[union-attr]
     docs: dict[str, tuple[Any, str]] = {}
-    defaults = schema()
+    defaults = schema() if defaults is None else defaults
     for item in fields(schema):
         value = getattr(defaults, item.name)
         if is_dataclass(value):
-            docs |= field_docs(type(value), f"{prefix}{item.name}.")
+            docs |= field_docs(type(value), f"{prefix}{item.name}.", value)
         else:
             docs[prefix + item.name] = (value, texts.get(item.name, ""))
     return docs

@@ -8,11 +8,11 @@ import subprocess
 from importlib import metadata
 
 import torch
-from cae_kernels.dispatch import BACKENDS, backend, why_not
 from rich.console import Console
 from rich.table import Table
 
 from cae_fast import __version__
+from cae_kernels.dispatch import BACKENDS, backend, why_not
 
 # What it is for, and the distributions that provide it.
 PACKAGES = {

@@ -11,15 +11,6 @@ from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from cae_kernels import (
-    QKV,
-    alignment_loss,
-    cross_attention,
-    linear_cross_entropy,
-    norm_qkv,
-    residual_norm,
-    residual_norm_qkv,
-)
 from torch import Tensor, nn
 
 from cae_fast.config import ModelConfig, UserError
@@ -35,6 +26,15 @@ from cae_fast.models.vit import (
     rescale_output_projections,
     run_blocks,
     sincos_position_embedding,
+)
+from cae_kernels import (
+    QKV,
+    alignment_loss,
+    cross_attention,
+    linear_cross_entropy,
+    norm_qkv,
+    residual_norm,
+    residual_norm_qkv,
 )
 
 # patch_size, embed_dim, depth, num_heads, decoder_embed_dim, decoder_num_heads, layer_scale_init
@@ -228,15 +228,24 @@ class Decoder(nn.Module):
 class ContextAutoencoder(nn.Module):
     """CAE for pretraining.
 
-    output_dim: V for codes, P for pixels; predict_codes: cross-entropy over codes, else mean squared error.
+    output_dim: V for codes, P for pixels, the teacher's width for features; predict_codes: cross-entropy over codes,
+    else mean squared error, or with cosine_loss one minus the cosine (CAE v2, 2211.09799).
     """
 
     regressor_pos_embed: Tensor
 
-    def __init__(self, model: ModelConfig, output_dim: int, predict_codes: bool, alignment_weight: float = 2.0):
+    def __init__(
+        self,
+        model: ModelConfig,
+        output_dim: int,
+        predict_codes: bool,
+        alignment_weight: float = 2.0,
+        cosine_loss: bool = False,
+    ):
         super().__init__()
         shape = resolve_model(model)
         self.shape, self.predict_codes, self.alignment_weight = shape, predict_codes, alignment_weight
+        self.cosine_loss = cosine_loss
         self.encoder = VisionTransformer(
             shape.image_size, shape.patch_size, shape.embed_dim, shape.depth, shape.num_heads, shape.layer_scale_init
         )
@@ -281,7 +290,7 @@ class ContextAutoencoder(nn.Module):
         return self.regressor_pos_embed[0, 1:]  # (N, R)
 
     def predict(self, images: Tensor, visible_ids: Tensor, masked_ids: Tensor) -> Tensor:
-        """Predictions at the masked patches, without drop path: (B, Nm, V) logits or (B, Nm, P) pixels."""
+        """Predictions at the masked patches, without drop path: (B, Nm, output_dim), codes as logits."""
         tokens, _ = self.encoder.tokens(images, visible_ids, None)
         visible = self.to_regressor_width(self.encoder.encode(tokens))[:, 1:]
         latents = self.predict_latents(visible, visible_ids, masked_ids)
@@ -315,4 +324,6 @@ class ContextAutoencoder(nn.Module):
         head = self.decoder.head
         if self.predict_codes:
             return linear_cross_entropy(features.flatten(0, 1), head.weight, head.bias, targets.flatten())
+        if self.cosine_loss:
+            return 1 - F.cosine_similarity(head(features).float(), targets.float(), dim=-1).mean(), None
         return alignment_loss(head(features), targets), None

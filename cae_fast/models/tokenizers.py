@@ -1,10 +1,23 @@
-"""What the decoder is asked to predict at the masked patches.
+"""What the decoder is asked to predict at the masked patches: pixels, or what a frozen model makes of them.
 
-B batch, N patches, Nm masked, S image side, P = 3 p^2 values of a patch (row, column, channel).
+B batch, N patches, Nm masked, S image side, T side of the tokenizer's view, G side of the grid of patches,
+P = 3 p^2 values of a patch (row, column, channel).
 """
 
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any, Protocol
+
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from cae_fast.config import TargetConfig, UserError
+from cae_fast.models.dalle import dalle_tokenizer
+from cae_fast.models.dvae import DiscreteVAE, dvae_flops, load_dvae
+from cae_fast.models.teacher import TeacherFeatures, load_teacher
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
@@ -17,11 +30,14 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
 class PixelTargets:
     """RGB targets (paper, Table 8), optionally with each patch scaled to mean 0 and variance 1."""
 
-    token_size: int | None = None
-    """Pixels of the second view of the crop that `encode` reads; None: the encoder's own view."""
-
     def __init__(self, patch_size: int, normalize: bool):
-        self.patch_size, self.normalize = patch_size, normalize
+        self.patch_size, self.normalize, self.output_dim = patch_size, normalize, 3 * patch_size**2
+
+    def token_size(self, grid: int) -> None:
+        """`encode` reads the encoder's own view, none of another size."""
+
+    def encode_flops(self, grid: int, num_masked: int) -> int:
+        return 0
 
     def encode(self, images: Tensor, masked_ids: Tensor) -> Tensor:
         """Normalized images (B, 3, S, S) and masked_ids (B, Nm) -> float32 targets (B, Nm, P)."""
@@ -45,3 +61,120 @@ class PixelTargets:
     def patch_statistics(self, patches: Tensor) -> tuple[Tensor, Tensor]:
         variance, mean = torch.var_mean(patches, -1, keepdim=True)
         return mean, (variance + 1e-6).sqrt()
+
+
+class Tokenizer(Protocol):
+    """A frozen tokenizer: its own view of the crop in, codes out. Files carry its `kind` (see `load_tokenizer`)."""
+
+    num_codes: int
+
+    @property
+    def has_decoder(self) -> bool:
+        """Whether `decode` works."""
+
+    def token_size(self, grid: int) -> int:
+        """Side T in pixels of the view that `encode` reads, for grid x grid codes."""
+
+    def encode_flops(self, grid: int, num_masked: int) -> int:
+        """Of `encode` for one image: matrix products and convolutions, 2 per multiply-add."""
+
+    def encode(self, token_images: Tensor, masked_ids: Tensor) -> Tensor:
+        """uint8 (B, 3, T, T) and masked_ids (B, Nm), counted row by row -> codes (B, Nm) int64."""
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes (B, G, G) int64 -> pictures (B, 3, T, T) float32 in [0, 1]."""
+
+
+class DvaeTokenizer:
+    """A d-VAE of ours, frozen: its encoder in float16 on CUDA (float32 elsewhere), channels_last; the rest float32."""
+
+    has_decoder = True
+
+    def __init__(self, model: DiscreteVAE, device: torch.device | str = "cpu"):
+        self.model, self.num_codes = model.to(device), model.num_codes
+        if torch.device(device).type == "cuda":
+            model.encoder.to(torch.float16, memory_format=torch.channels_last)  # type: ignore[call-overload]
+            model.head.half()
+
+    def token_size(self, grid: int) -> int:
+        return self.model.downsampling * grid
+
+    def encode_flops(self, grid: int, num_masked: int) -> int:
+        parts = dvae_flops(self.model.config, self.token_size(grid))
+        per_grid = parts["head"] + (parts["quantizer"] if self.model.config.quantizer == "vq" else 0)
+        return parts["encoder"] + per_grid * num_masked // grid**2
+
+    def encode(self, token_images: Tensor, masked_ids: Tensor) -> Tensor:
+        return self.model.encode(token_images, masked_ids)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        return self.model.decode_codes(codes)
+
+
+Targets = PixelTargets | TeacherFeatures | Tokenizer
+
+
+def make_targets(target: TargetConfig, image_size: int, patch_size: int, device: torch.device) -> Targets:
+    """What the settings ask for; UserError where they contradict each other or the file does not fit."""
+    kinds = ("pixels", "normalized_pixels", "codes", "features")
+    if target.kind not in kinds:
+        raise UserError(f"target.kind is {target.kind!r}: set one of {', '.join(kinds)}")
+    if not 0 <= target.alignment_weight < math.inf:
+        raise UserError(f"target.alignment_weight is {target.alignment_weight}: it must be finite and at least 0")
+    if target.kind in ("pixels", "normalized_pixels"):
+        if target.tokenizer:
+            raise UserError(
+                f"target.tokenizer is {target.tokenizer}, but target.kind {target.kind}: set target.kind=codes"
+            )
+        return PixelTargets(patch_size, target.kind == "normalized_pixels")
+    if not target.tokenizer:
+        source = "`cae-fast convert dalle` or `cae-fast train-tokenizer` writes"
+        if target.kind == "features":
+            source = "holds a vision transformer (a run's encoder.safetensors)"
+        raise UserError(f"target.kind is {target.kind}, but target.tokenizer is empty: set it to a file that {source}")
+    if target.kind == "features":
+        return load_teacher(target.tokenizer, image_size, patch_size, device)
+    return load_tokenizer(target.tokenizer, device)
+
+
+def prediction_dim(targets: Targets) -> int:
+    """Numbers that the decoder predicts for a patch."""
+    return targets.output_dim if isinstance(targets, PixelTargets | TeacherFeatures) else targets.num_codes
+
+
+def load_tokenizer(path: str, device: torch.device | str = "cpu") -> Tokenizer:
+    """The frozen tokenizer in a file of ours, by the `kind` in its header. UserError where it is none."""
+    facts, state = read_tokenizer_file(path)
+    try:
+        if facts["kind"] == "dalle":
+            return dalle_tokenizer(state, device)
+        if facts["kind"] == "dvae":
+            return DvaeTokenizer(load_dvae(path), device)
+    except (KeyError, RuntimeError) as error:
+        text = " ".join(str(error).split())[:300]
+        raise UserError(f"target.tokenizer is {path}: its weights do not make a tokenizer ({text})") from error
+    raise UserError(f"target.tokenizer is {path}: this version knows no tokenizer of kind {facts['kind']!r}")
+
+
+def read_tokenizer_file(path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What the header says (at least `kind`) and the tensors. UserError names what is wrong with the file."""
+    if not Path(path).is_file():
+        raise UserError(f"target.tokenizer is {path}: there is no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = json.loads((file.metadata() or {}).get("cae_fast", "{}"))
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"target.tokenizer is {path}: not a safetensors file ({error})") from error
+    if "kind" not in facts:
+        raise UserError(
+            f"target.tokenizer is {path}: not a tokenizer; `cae-fast convert dalle` and `cae-fast train-tokenizer` "
+            "write them"
+        )
+    return facts, state
+
+
+def file_sha256(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -9,10 +9,10 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from cae_kernels import attention, gather_tokens, layer_norm, linear_gelu, residual_norm
 from torch import Tensor, nn
 
 from cae_fast.config import UserError
+from cae_kernels import attention, gather_tokens, layer_norm, linear_gelu, residual_norm
 
 NORM_EPS = 1e-6
 

@@ -3,15 +3,14 @@
 A step with a non-finite loss or gradient leaves weights and moments untouched; that decision is taken on the device.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from cae_kernels import adamw, adamw_state
 from torch import Tensor, nn
 
 from cae_fast.config import OptimConfig
-from cae_fast.models.cae import CaeLosses, ContextAutoencoder
 from cae_fast.training.optim import decays, trainable
+from cae_kernels import adamw, adamw_state
 
 PRECISIONS = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -30,9 +29,7 @@ class Engine:
     are divided by the accumulation steps, gradients are summed in the compute type, clipped in float32.
     """
 
-    def __init__(
-        self, model: ContextAutoencoder, optim: OptimConfig, precision: str, device: torch.device, accumulation: int
-    ):
+    def __init__(self, model: nn.Module, optim: OptimConfig, precision: str, device: torch.device, accumulation: int):
         self.module: nn.Module = model.to(device=device, dtype=PRECISIONS[precision])
         self.accumulation, self.clip = accumulation, optim.clip_grad_norm
         self.names = [name for name, _ in trainable(model)]
@@ -45,7 +42,7 @@ class Engine:
         self.device = device
         self.loss_sum: Tensor | None = None
 
-    def __call__(self, *inputs: Tensor | None) -> CaeLosses:
+    def __call__(self, *inputs: Any) -> Any:
         return self.module(*inputs)
 
     def backward(self, loss: Tensor) -> None:

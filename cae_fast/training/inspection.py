@@ -3,21 +3,27 @@
 B batch, N patches, Nm masked, D width, S image side, P = 3 p^2 values of a patch.
 """
 
+import logging
 from collections.abc import Generator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cae_fast.config import DataConfig, PretrainConfig, UserError
+from cae_fast.data.decode import resize
 from cae_fast.data.index import index_for
 from cae_fast.data.loader import Mask, labelled_loader
 from cae_fast.data.normalize import Normalize
 from cae_fast.models.cae import ContextAutoencoder
-from cae_fast.models.tokenizers import PixelTargets
+from cae_fast.models.teacher import TeacherFeatures
+from cae_fast.models.tokenizers import PixelTargets, Targets, Tokenizer, patchify
 from cae_fast.training.knn_probe import extract_features, knn_accuracy
 from cae_fast.training.pictures import save_reconstructions
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -26,7 +32,7 @@ class Inspection:
 
     config: PretrainConfig
     model: ContextAutoencoder
-    targets: PixelTargets
+    targets: Targets
     normalize: Normalize
     mask: Mask
     dtype: torch.dtype
@@ -46,18 +52,45 @@ class Inspection:
         return tokens[:, 1:].float().mean(1)  # (B, D)
 
     @torch.no_grad()
-    def save_reconstructions(self, out: Path) -> None:
-        """Input, mask and prediction of eight images, of the probe's test images where there are some."""
+    def save_reconstructions(self, out: Path) -> bool:
+        """Input, mask and prediction of eight images, of the probe's test images where there are some.
+
+        Codes are shown as the picture that the tokenizer's decoder makes of them. Returns whether there was something
+        to show: not for features, and not for codes without a decoder.
+        """
+        if isinstance(self.targets, TeacherFeatures):
+            log.info("no reconstructions.png: features are no pictures")
+            return False
+        if not isinstance(self.targets, PixelTargets) and not self.targets.has_decoder:
+            log.info("no reconstructions.png: %s holds no decoder", self.config.target.tokenizer)
+            return False
         data = self._probe_data(self.config.probe.test) if self.config.probe.test else self.config.data
         index = index_for(data, Path(self.config.train.run_dir))
         spread = torch.linspace(0, len(index) - 1, min(8, len(index))).long().tolist()
         raw = next(labelled_loader(index, self.model.shape.image_size, 8, 0, spread))[0].to(self.device)
         visible_ids, masked_ids = (ids.to(self.device) for ids in self.mask(torch.arange(len(raw))))
         images = self.normalize(raw)  # (8, 3, S, S)
-        predicted = self.model.predict(images.to(self.dtype), visible_ids, masked_ids).float()  # (8, Nm, P)
-        pixels = self.targets.decode(predicted, images, masked_ids).unflatten(-1, (-1, 3))
-        pixels = self.normalize.invert(pixels.movedim(-1, 1)).movedim(1, -1).flatten(-2)
-        save_reconstructions(out, raw.float() / 255, masked_ids, pixels, self.targets.patch_size)
+        predicted = self.model.predict(images.to(self.dtype), visible_ids, masked_ids).float()  # (8, Nm, P or V)
+        if isinstance(self.targets, PixelTargets):
+            pixels = self.targets.decode(predicted, images, masked_ids).unflatten(-1, (-1, 3))
+            pixels = self.normalize.invert(pixels.movedim(-1, 1)).movedim(1, -1).flatten(-2)
+        else:
+            pixels = self._picture_of_codes(self.targets, raw, predicted.argmax(-1), masked_ids)
+        save_reconstructions(out, raw.float() / 255, masked_ids, pixels, self.model.shape.patch_size)
+        return True
+
+    def _picture_of_codes(self, tokenizer: Tokenizer, raw: Tensor, predicted: Tensor, masked_ids: Tensor) -> Tensor:
+        """Pixels (K, Nm, P) in [0, 1] of the tokenizer's picture: predicted codes (K, Nm) among the true ones."""
+        grid, side = self.model.encoder.grid, self.model.shape.image_size
+        size = tokenizer.token_size(grid)
+        rows = raw.movedim(1, -1).cpu().numpy()
+        token_images = torch.stack([resize(pixels, size, size, "lanczos") for pixels in rows]).to(self.device)
+        every = torch.arange(grid**2, device=self.device).expand(len(raw), -1)  # (K, N)
+        codes = tokenizer.encode(token_images, every).scatter(1, masked_ids, predicted)  # (K, N)
+        picture = tokenizer.decode(codes.unflatten(1, (grid, grid)))  # (K, 3, T, T)
+        picture = F.interpolate(picture, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
+        patches = patchify(picture, self.model.shape.patch_size)  # (K, N, P)
+        return patches.gather(1, masked_ids[..., None].expand(-1, -1, patches.shape[-1]))
 
     def _probe_data(self, path: str | None) -> DataConfig:
         assert path

@@ -372,6 +372,10 @@ def _metrics_text(line: dict[str, Any]) -> str:
         parts.append(f"loss {number('loss', '.4f')}" + (f" ({', '.join(inner)})" if inner else ""))
     if "accuracy" in line:
         parts.append(f"accuracy {number('accuracy', '.1%')}")
+    if "psnr" in line:
+        parts.append(f"PSNR {number('psnr', '.2f')} dB")
+    if "perplexity" in line:
+        parts.append(f"perplexity {line['perplexity']:.0f} ({line['used_codes']:.0f} codes used)")
     parts.append(f"lr {line['lr']:.2e}")
     if "grad_norm" in line:
         parts.append(f"grad {number('grad_norm', '.3g')}")

@@ -24,7 +24,8 @@ GRAY = 0.5
 MIN_CELL = 128
 """Smaller images are enlarged by a whole factor to at least this side in pixels."""
 GAP, TITLE_HEIGHT = 8, 34
-COLUMN_TITLES = ("input", "masked input", "reconstruction")
+TRIPLE_TITLES = ("input", "masked input", "reconstruction")
+PAIR_TITLES = ("input", "from its codes")
 
 LOSSES = (("loss", "total", "#22223b"), ("loss_main", "main", "#1f77b4"), ("loss_align", "alignment", "#e07a1f"))
 BELOW = (
@@ -179,18 +180,27 @@ def save_reconstructions(out: Path, images: Tensor, masked_ids: Tensor, predicte
     """
     images, masked_ids, predicted = (tensor[:8].detach().cpu() for tensor in (images, masked_ids, predicted))
     masked, rebuilt = reconstruct(images, masked_ids, predicted, patch_size)
-    triples = torch.stack([images.float(), masked, rebuilt], dim=1)  # (K, 3 pictures, 3, S, S)
-    pixels = (triples.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 1, 3, 4, 2)
-    scale = max(1, math.ceil(MIN_CELL / images.shape[-1]))
+    _save_rows(out, torch.stack([images.float(), masked, rebuilt], dim=1), TRIPLE_TITLES)
+
+
+def save_pairs(out: Path, images: Tensor, decoded: Tensor) -> None:
+    """Draw images (K, 3, S, S) in [0, 1] beside what a tokenizer made of their codes, the first 16, into a PNG file."""
+    _save_rows(out, torch.stack([images.float(), decoded.float()], dim=1)[:16].detach().cpu(), PAIR_TITLES)
+
+
+def _save_rows(out: Path, rows: Tensor, titles: tuple[str, ...]) -> None:
+    """Rows (K, pictures, 3, S, S) of pictures in [0, 1], one title for each column."""
+    pixels = (rows.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 1, 3, 4, 2)
+    scale = max(1, math.ceil(MIN_CELL / rows.shape[-1]))
     cells = pixels.repeat_interleave(scale, dim=2).repeat_interleave(scale, dim=3).numpy()
-    canvas = _compose(cells, groups=2 if len(images) >= 4 else 1)
+    canvas = _compose(cells, titles, groups=2 if len(rows) >= 4 else 1)
     temporary = out.with_name(f".{out.name}.tmp")
     canvas.save(temporary, format="PNG", optimize=True)
     os.replace(temporary, out)
 
 
-def _compose(cells: np.ndarray, groups: int) -> Image.Image:
-    """Place cells (K, 3 pictures, side, side, 3) as rows of `groups` triples below their titles."""
+def _compose(cells: np.ndarray, titles: tuple[str, ...], groups: int) -> Image.Image:
+    """Place cells (K, pictures, side, side, 3) as rows of `groups` times `pictures` below their titles."""
     count, columns, side = cells.shape[:3]
     group_width = columns * side + (columns - 1) * GAP
     width = groups * group_width + (groups - 1) * 4 * GAP + 2 * GAP
@@ -200,11 +210,11 @@ def _compose(cells: np.ndarray, groups: int) -> Image.Image:
     font = ImageFont.load_default(size=16)
     for group in range(groups):
         left = GAP + group * (group_width + 4 * GAP)
-        for column, title in enumerate(COLUMN_TITLES):
+        for column, title in enumerate(titles):
             center = left + column * (side + GAP) + side // 2
             draw.text((center, TITLE_HEIGHT // 2), title, fill="#333333", font=font, anchor="mm")
-        for row, triple in enumerate(cells[group::groups]):
-            for column, cell in enumerate(triple):
+        for row, pictures in enumerate(cells[group::groups]):
+            for column, cell in enumerate(pictures):
                 position = (left + column * (side + GAP), TITLE_HEIGHT + row * (side + GAP))
                 canvas.paste(Image.fromarray(cell), position)
     return canvas

@@ -7,19 +7,19 @@ from typing import Any
 
 from torch import nn
 
-from cae_fast.config import PretrainConfig, UserError
+from cae_fast.config import RunConfig, UserError
 from cae_fast.training.checkpoint import load_model_weights, load_state, state_files
 from cae_fast.training.engine import Engine
 
 log = logging.getLogger(__name__)
 
 FREE_TO_CHANGE = {
-    *("log", "checkpoint", "probe", "data.path", "data.index", "data.num_workers"),
+    *("log", "checkpoint", "probe", "data.path", "data.index", "data.num_workers", "target.tokenizer"),
     *("train.run_dir", "train.device", "train.micro_batch_size", "train.resume", "train.init_from", "train.max_steps"),
 }
 
 
-def newest_state(config: PretrainConfig) -> Path | None:
+def newest_state(config: RunConfig) -> Path | None:
     """The training state to continue from, None for a new run; UserError where train.resume forbids it."""
     mode = config.train.resume
     if mode not in ("auto", "never", "force"):
@@ -33,12 +33,16 @@ def newest_state(config: PretrainConfig) -> Path | None:
     return states[-1][1] if states else None
 
 
-def resume(config: PretrainConfig, engine: Engine, path: Path, data_fingerprint: str) -> int:
+def resume(
+    config: RunConfig, engine: Engine, path: Path, data_fingerprint: str, tokenizer_sha256: str | None = None
+) -> int:
     """Load a training state. Returns the steps already done; UserError where it belongs to another experiment."""
     state, facts = load_state(path)
     changed = changed_settings(facts["config"], asdict(config))
     if facts["data"] != data_fingerprint:
         changed.append("data (the images or their order changed)")
+    if facts.get("tokenizer") != tokenizer_sha256:
+        changed.append("target.tokenizer (the file's content changed)")
     if changed and config.train.resume != "force":
         raise UserError(
             f"{path} was trained with other settings: {'; '.join(changed)}. "

@@ -4,11 +4,11 @@ import sys
 
 import pytest
 import torch
-from cae_kernels import dispatch
-from cae_kernels.dispatch import BACKENDS
 
 from cae_fast.cli import main
 from cae_fast.commands import doctor
+from cae_kernels import dispatch
+from cae_kernels.dispatch import BACKENDS
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import types
 
 import pytest
 import torch
+
 from cae_kernels.adamw import _apex, adamw, adamw_reference, adamw_state
 
 SHAPES = [(3,), (85, 17), (), (1025,)]

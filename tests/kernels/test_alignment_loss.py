@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+
 from cae_kernels import alignment_loss
 from cae_kernels.alignment_loss import (
     _backward_op,

@@ -2,6 +2,7 @@ import importlib.util
 
 import pytest
 import torch
+
 from cae_kernels import attention
 from cae_kernels.attention import attention_backward_reference, attention_reference, route
 from cae_kernels.attention_libraries import library_attention

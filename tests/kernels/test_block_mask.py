@@ -10,9 +10,10 @@ import pytest
 import scipy.ndimage
 import scipy.stats
 import torch
+from safetensors.numpy import load_file
+
 from cae_kernels.block_mask import block_mask, random_mask
 from cae_kernels.philox import STREAM_MASK, draw, uniform
-from safetensors.numpy import load_file
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "block_mask_distribution"
 LOWEST_P_VALUE = 1e-4

@@ -2,6 +2,7 @@ import importlib.util
 
 import pytest
 import torch
+
 from cae_kernels import cross_attention
 from cae_kernels.cross_attention import cross_attention_backward_reference, cross_attention_reference
 from cae_kernels.dispatch import ATTENTION

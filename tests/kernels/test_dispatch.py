@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+
 from cae_kernels import dispatch
 from cae_kernels.dispatch import BACKENDS, backend, why_not
 

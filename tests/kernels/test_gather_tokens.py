@@ -4,6 +4,7 @@ import importlib
 
 import pytest
 import torch
+
 from cae_kernels import gather_tokens
 
 module = importlib.import_module("cae_kernels.gather_tokens")  # the package's attribute of this name is the function

@@ -5,6 +5,7 @@ import importlib.util
 
 import pytest
 import torch
+
 from cae_kernels.linear_argmax import linear_argmax
 
 module = importlib.import_module("cae_kernels.linear_argmax")

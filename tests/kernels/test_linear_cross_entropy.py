@@ -6,6 +6,7 @@ import importlib.util
 import pytest
 import torch
 import torch.nn.functional as F
+
 from cae_kernels import linear_cross_entropy
 
 module = importlib.import_module("cae_kernels.linear_cross_entropy")

@@ -5,6 +5,7 @@ import os
 import re
 
 import pytest
+
 from cae_kernels.mask_kernels import SETTINGS, report_specs
 from cae_kernels.report_compile import compile_ptx
 

@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from cae_kernels.philox import STREAM_DROP_PATH, STREAM_MASK, draw, drop_path_scales, philox4x32, uniform
 
 from cae_fast.data import sampling
+from cae_kernels.philox import STREAM_DROP_PATH, STREAM_MASK, draw, drop_path_scales, philox4x32, uniform
 
 ONES = 2**32 - 1
 

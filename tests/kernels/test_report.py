@@ -7,8 +7,9 @@ import json
 import os
 import pkgutil
 
-import cae_kernels
 import pytest
+
+import cae_kernels
 from cae_kernels import report, report_compile
 from cae_kernels.report import Spec, collect
 from cae_kernels.report_compile import ToolMissing, compile_spec

@@ -5,6 +5,7 @@ import importlib
 import pytest
 import torch
 import torch.nn.functional as F
+
 from cae_kernels import layer_norm, norm_qkv, residual_norm, residual_norm_qkv
 
 EPS = 1e-6

@@ -1,6 +1,7 @@
 """Our model against numbers of the original implementation (float32, CPU)."""
 
 import torch
+
 from golden_model import golden_model, ours, split_mask
 
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from golden_model import our_name
 
 from cae_fast.config import ModelConfig, UserError
 from cae_fast.models.cae import SIZES, ContextAutoencoder, resolve_model
 from cae_fast.models.vit import drop_path_rates, sincos_position_embedding
+from golden_model import our_name
 
 
 def closed_form(width: int, depth: int, patch: int) -> int:

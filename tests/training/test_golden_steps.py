@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from golden_model import golden_model, ours, split_mask
 
 from cae_fast.config import OptimConfig
 from cae_fast.training.engine import Engine
 from cae_fast.training.optim import decays, layer_decay_scales, layer_id, learning_rate, scheduled_lr, trainable
+from golden_model import golden_model, ours, split_mask
 
 
 def original_batch(step: int):

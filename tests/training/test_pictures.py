@@ -151,6 +151,24 @@ def test_picture_shows_the_exact_pixels_of_every_triple(tmp_path, count, groups)
     assert (picture[: pictures.TITLE_HEIGHT] < 128).any(), "the column titles"
 
 
+@pytest.mark.parametrize(("count", "groups"), [(2, 1), (5, 2), (20, 2)])
+def test_pairs_show_the_exact_pixels(tmp_path, count, groups):
+    side, scale = 64, 2
+    images, decoded = (torch.randint(256, (count, 3, side, side)).float() / 255 for _ in range(2))
+    pictures.save_pairs(tmp_path / "p.png", images, decoded)
+    picture = np.asarray(Image.open(tmp_path / "p.png"))
+    cell, gap, shown = side * scale, pictures.GAP, min(count, 16)
+    assert picture.shape[0] == pictures.TITLE_HEIGHT + math.ceil(shown / groups) * (cell + gap)
+    for k in range(shown):
+        for column, source in enumerate((images, decoded)):
+            top = pictures.TITLE_HEIGHT + k // groups * (cell + gap)
+            left = gap + k % groups * (2 * cell + 5 * gap) + column * (cell + gap)
+            expected = (source[k].permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
+            np.testing.assert_array_equal(
+                picture[top : top + cell, left : left + cell], np.kron(expected, np.ones((scale, scale, 1), np.uint8))
+            )
+
+
 def test_large_images_are_not_enlarged(tmp_path):
     images, predicted = torch.rand(1, 3, 224, 224), torch.rand(1, 1, 16 * 16 * 3)
     save_reconstructions(tmp_path / "r.png", images, torch.tensor([[0]]), predicted, 16)

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from cae_kernels.adamw import CHUNK, adamw, adamw_reference, adamw_state
 from repair import OutOfBounds, reachable
+
+from cae_kernels.adamw import CHUNK, adamw, adamw_reference, adamw_state
 
 SHAPES = [(3,), (CHUNK,), (2, CHUNK + 1), (85, 17), ()]
 DECAYS = [0.0, 0.05, 0.05, 0.3, 0.0]

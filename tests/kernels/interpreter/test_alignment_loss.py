@@ -5,9 +5,10 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from checking import assert_close, errors
+
 from cae_kernels import alignment_loss
 from cae_kernels.alignment_loss import _backward
-from checking import assert_close, errors
 
 EPS = 1e-6
 

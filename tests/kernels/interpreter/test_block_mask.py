@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+
 from cae_kernels import block_mask, random_mask
 from cae_kernels.block_mask import block_mask_reference, random_mask_reference
 

@@ -1,8 +1,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from cae_kernels.cross_attention import _backward, _forward, cross_attention, route
 from checking import assert_close, errors
+
+from cae_kernels.cross_attention import _backward, _forward, cross_attention, route
 
 LIMITS = {torch.bfloat16: ((3e-3, 2e-2), (4e-3, 3e-2)), torch.float32: ((2e-6, 1e-5), (5e-6, 5e-5))}
 SHAPES = [  # images, visible, masked, heads, head width

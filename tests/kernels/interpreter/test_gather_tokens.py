@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from checking import assert_close
+
 from cae_kernels import gather_tokens
 from cae_kernels.gather_tokens import LAUNCH
-from checking import assert_close
 
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 

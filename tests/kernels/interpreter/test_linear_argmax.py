@@ -8,6 +8,7 @@ import importlib
 import numpy as np
 import pytest
 import torch
+
 from cae_kernels.linear_argmax import linear_argmax
 
 module = importlib.import_module("cae_kernels.linear_argmax")

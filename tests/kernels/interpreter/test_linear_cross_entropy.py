@@ -10,8 +10,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from cae_kernels import linear_cross_entropy
 from checking import assert_close, errors
+
+from cae_kernels import linear_cross_entropy
 
 module = importlib.import_module("cae_kernels.linear_cross_entropy")
 

@@ -3,8 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from cae_kernels import linear_gelu
 from checking import assert_close, errors
+
+from cae_kernels import linear_gelu
 
 # B, n, D, F
 SHAPES = [(1, 1, 192, 768), (2, 17, 192, 85), (1, 63, 85, 100), (1, 99, 384, 1536), (3, 43, 64, 520)]

@@ -4,12 +4,12 @@ import importlib
 
 import pytest
 import torch
-from cae_kernels import drop_path_scales
-from cae_kernels.dispatch import backend
-from golden_model import golden_model, ours, split_mask
 
 from cae_fast.config import ModelConfig
 from cae_fast.models.cae import ContextAutoencoder
+from cae_kernels import drop_path_scales
+from cae_kernels.dispatch import backend
+from golden_model import golden_model, ours, split_mask
 
 OPS = [
     *("alignment_loss", "attention", "cross_attention", "gather_tokens"),

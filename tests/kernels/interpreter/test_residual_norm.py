@@ -5,9 +5,10 @@ import importlib
 import pytest
 import torch
 import torch.nn.functional as F
-from cae_kernels import layer_norm, norm_qkv, norm_rows, residual_norm, residual_norm_qkv
 from checking import assert_close, errors
 from torch import Tensor
+
+from cae_kernels import layer_norm, norm_qkv, norm_rows, residual_norm, residual_norm_qkv
 
 EPS = 1e-6
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16

@@ -1,0 +1,123 @@
+"""Turn other people's weights into files of ours, without running code from them.
+
+  cae-fast convert dalle encoder.pkl decoder.pkl dalle.safetensors
+
+reads the discrete VAE of DALL-E, as OpenAI publishes it (pickled modules) or as other toolboxes do (state dicts in
+.pth files; an encoder alone is enough to pretrain), and writes one file for target.tokenizer.
+"""
+
+# B batch, T image side, N positions.
+
+import argparse
+import json
+import tempfile
+from contextlib import closing
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cae_fast import __version__
+from cae_fast.config import DataConfig, UserError
+from cae_fast.data.index import build_index, resolve_data_path
+from cae_fast.data.loader import labelled_loader, resolve_num_workers
+from cae_fast.models.dalle import DalleTokenizer, dalle_tokenizer, from_openai
+from cae_fast.models.safe_pickle import read_state
+from cae_fast.models.tokenizers import file_sha256
+from cae_fast.training.checkpoint import write_safetensors
+
+DALLE_CLASSES = ("dall_e.", "torch.nn.modules.")
+VERIFY_GRID, VERIFY_BATCH = 14, 16
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", choices=["dalle"], help="what the weights are of")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="encoder, decoder (may be left out)")
+    parser.add_argument("out", metavar="OUT.safetensors", help="file to write")
+    parser.add_argument(
+        "--verify",
+        metavar="IMAGES",
+        help="folder of images (or bundled:NAME) on which to compare float16 codes with float32 codes",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    out = Path(args.out)
+    if out.suffix != ".safetensors":
+        raise UserError(f"{out}: the last argument is the file to write and ends in .safetensors")
+    if len(args.files) > 2:
+        raise UserError(f"{len(args.files)} files to read: give the encoder, or the encoder and the decoder")
+    state, sources = {}, {}
+    for part, file in zip(("encoder", "decoder"), args.files, strict=False):
+        for name, tensor in read_dalle(Path(file), part).items():
+            state[f"{part}.{name}"] = tensor
+        sources[part] = {"file": Path(file).name, "sha256": file_sha256(file)}
+    tokenizer = make_tokenizer(state, args.files)
+    facts = {"kind": "dalle", "sizes": sizes(tokenizer), "sources": sources, "version": __version__}
+    write_safetensors(out, state, {"format": "pt", "cae_fast": json.dumps(facts)})
+    for part, source in sources.items():
+        print(f"{part}: {source['file']}, SHA-256 {source['sha256']}")
+    print(f"{out}: {json.dumps(facts['sizes'])}, SHA-256 {file_sha256(out)}")
+    print(f"use it with target.kind=codes target.tokenizer={out}")
+    if args.verify:
+        verify(state, args.verify)
+    return 0
+
+
+def read_dalle(path: Path, part: str) -> dict[str, Tensor]:
+    """Weights of the encoder or decoder under our names. Raises UserError where the file holds something else."""
+    try:
+        state = from_openai(read_state(path, DALLE_CLASSES))
+    except UserError as error:
+        raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
+    kernel = state["input.weight"].shape[-1] if "input.weight" in state else None
+    found = {7: "an encoder", 1: "a decoder"}.get(kernel or 0, "something else")
+    if not found.endswith(part):
+        raise UserError(f"{path} holds {found}, not the {part}: give the encoder first, then the decoder")
+    return state
+
+
+def make_tokenizer(state: dict[str, Tensor], files: list[str]) -> DalleTokenizer:
+    """Raises UserError where the weights are not those of DALL-E's modules."""
+    try:
+        tokenizer = dalle_tokenizer(state)
+    except (KeyError, RuntimeError) as error:
+        raise UserError(
+            f"{' and '.join(files)}: not DALL-E's modules ({' '.join(str(error).split())[:300]})"
+        ) from error
+    if tokenizer.decoder is not None and tokenizer.decoder.input.in_channels != tokenizer.num_codes:
+        raise UserError(
+            f"{files[0]} makes {tokenizer.num_codes} codes and {files[1]} reads {tokenizer.decoder.input.in_channels}: "
+            "they do not belong together"
+        )
+    return tokenizer
+
+
+def sizes(tokenizer: DalleTokenizer) -> dict[str, int]:
+    encoder, decoder = tokenizer.encoder, tokenizer.decoder
+    numbers = {"num_codes": tokenizer.num_codes, "encoder_width": encoder.input.out_channels}
+    numbers["encoder_parameters"] = sum(p.numel() for p in encoder.parameters())
+    if decoder is not None:
+        numbers["decoder_width"] = decoder.output.in_channels
+        numbers["decoder_parameters"] = sum(p.numel() for p in decoder.parameters())
+    return numbers
+
+
+def verify(state: dict[str, Tensor], images: str) -> None:
+    """Print on how many codes of the images' central squares the encoder in float16 and in float32 agree."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    encoder = {name: tensor for name, tensor in state.items() if name.startswith("encoder.")}
+    half, full = (dalle_tokenizer(encoder, device, dtype) for dtype in (torch.float16, torch.float32))
+    agreed = total = 0
+    with tempfile.TemporaryDirectory() as folder:
+        index = build_index(resolve_data_path(images), Path(folder) / "images.index", DataConfig().max_pixels)
+        size = half.token_size(VERIFY_GRID)
+        with closing(labelled_loader(index, size, VERIFY_BATCH, resolve_num_workers(None, 1))) as batches:
+            for pixels, _ in batches:
+                token_images = pixels.to(device)  # (B, 3, T, T)
+                ids = torch.arange(VERIFY_GRID**2, device=device).expand(len(pixels), -1)  # (B, N)
+                same = half.encode(token_images, ids) == full.encode(token_images, ids)
+                agreed, total = agreed + int(same.sum()), total + same.numel()
+    if not total:
+        raise UserError(f"--verify={images}: not one image of it can be read")
+    print(f"float16 and float32 agree on {agreed:,} of {total:,} codes ({agreed / total:.4%}) of {images}, on {device}")

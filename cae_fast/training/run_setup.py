@@ -1,0 +1,146 @@
+"""What every training command does around its loop: check settings, choose device and kernels, describe the run."""
+
+import argparse
+import json
+import logging
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from cae_fast import __version__
+from cae_fast.config import RunConfig, TrainConfig, UserError, field_docs, load_config
+from cae_fast.data.index import ImageIndex
+from cae_fast.data.sampling import SamplingPlan
+from cae_fast.training.checkpoint import state_files, write_text
+from cae_fast.training.engine import PRECISIONS
+from cae_fast.training.optim import check_optim
+from cae_kernels.dispatch import BACKENDS, backend
+
+log = logging.getLogger(__name__)
+MAX_CONSECUTIVE_SKIPS = 10
+DIVERGED = 3
+
+
+def add_settings(parser: argparse.ArgumentParser, schema: type) -> None:
+    """The arguments CONFIG section.field=value ..., and every setting of `schema` in the help text."""
+    parser.add_argument("config", help="YAML file; see configs/")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings changed for this run")
+    rows = [f"  {name} = {value!r}\n      {text}".rstrip() for name, (value, text) in field_docs(schema).items()]
+    parser.epilog = "settings and their defaults:\n" + "\n".join(rows).replace("%", "%%")
+
+
+def load_run_config(schema: type, args: argparse.Namespace) -> Any:
+    """The configuration that `add_settings`' arguments name; the run folder defaults to runs/NAME of the file."""
+    config = load_config(schema, args.config, args.overrides)
+    if not config.train.run_dir:
+        config.train.run_dir = f"runs/{Path(args.config).stem}"
+    return config
+
+
+def sampling_plan(config: RunConfig, index: ImageIndex) -> SamplingPlan:
+    data, train = config.data, config.train
+    return SamplingPlan(
+        len(index),
+        index.heights,
+        index.widths,
+        train.global_batch_size,
+        train.seed,
+        data.crop_scale,
+        data.crop_ratio,
+        data.horizontal_flip,
+    )
+
+
+def check_training(config: RunConfig) -> None:
+    check_optim(config.optim)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1:
+        raise UserError(f"WORLD_SIZE is {world}: this version trains in one process; start it without a launcher")
+    if config.train.precision not in PRECISIONS:
+        raise UserError(f"train.precision is {config.train.precision!r}: set one of {', '.join(PRECISIONS)}")
+    if config.train.seed < 0:
+        raise UserError(f"train.seed is {config.train.seed}: it must be at least 0")
+    if config.train.max_steps is not None and config.train.max_steps < 1:
+        raise UserError(f"train.max_steps is {config.train.max_steps}: it must be at least 1")
+    if config.data.path and config.data.index:
+        raise UserError(f"data.path is {config.data.path} and data.index {config.data.index}: set one of them")
+    if config.checkpoint.every_epochs < 1 or config.checkpoint.keep_every_epochs < 0:
+        raise UserError(
+            f"checkpoint.every_epochs is {config.checkpoint.every_epochs}, checkpoint.keep_every_epochs "
+            f"{config.checkpoint.keep_every_epochs}: the first must be at least 1, the second at least 0"
+        )
+
+
+def choose_device(train: TrainConfig) -> torch.device:
+    if train.device not in ("auto", "cuda", "cpu"):
+        raise UserError(f"train.device is {train.device!r}: set auto, cuda or cpu")
+    if train.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("train.device is cuda, but torch finds no CUDA device: set train.device=cpu or auto")
+    return torch.device("cuda" if train.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def micro_batch_size(train: TrainConfig) -> int:
+    total, micro = train.global_batch_size, train.micro_batch_size
+    micro = total if micro is None else micro
+    if total < 1 or micro < 1 or total % micro:
+        raise UserError(
+            f"train.global_batch_size is {total} and train.micro_batch_size {micro}: "
+            "the first must be a multiple of the second, both at least 1"
+        )
+    return micro
+
+
+def summary(kernels: dict[str, str]) -> str:
+    """Backends with their ops: `triton: attention, ...; reference: ...`; the ops are left out where all share one."""
+    by_backend = {name: [op for op in kernels if kernels[op] == name] for name in dict.fromkeys(kernels.values())}
+    if len(by_backend) == 1:
+        return f"all {next(iter(by_backend))}"
+    return "; ".join(f"{name}: {', '.join(ops)}" for name, ops in by_backend.items())
+
+
+def kernel_backends(device: torch.device) -> dict[str, str]:
+    """The backend of every op on this device; UserError where CAE_KERNELS asks for one that cannot run."""
+    try:
+        return {op: backend(op, torch.empty(0, device=device)) for op in BACKENDS}
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def describe(config: RunConfig, run_dir: Path, device: torch.device, kernels: dict[str, str]) -> None:
+    """Keep the resolved settings and what they ran on beside the results."""
+    write_text(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    revision = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    facts = {
+        "command": shlex.join(["cae-fast", *sys.argv[1:]]),
+        "revision": revision or None,
+        "cae_fast": __version__,
+        "torch": torch.__version__,
+        "python": sys.version.split()[0],
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "kernels": kernels,
+    }
+    write_text(run_dir / "environment.json", json.dumps(facts, indent=1))
+
+
+def diverged(run_dir: Path, step: int) -> int:
+    newest = state_files(run_dir)
+    where = f"the last checkpoint is that of step {newest[-1][0]}" if newest else "there is no checkpoint yet"
+    log.error(
+        "%d steps in a row had a non-finite loss or gradient; stopped after step %d, %s. They did not touch the "
+        "weights. Lower optim.lr, lengthen optim.warmup_epochs or try train.precision=float32, and continue with "
+        "train.resume=force; the samples of those steps are in %s",
+        MAX_CONSECUTIVE_SKIPS,
+        step,
+        where,
+        run_dir / "metrics.jsonl",
+    )
+    return DIVERGED
