@@ -65,104 +65,110 @@ class Case:
     forward_only: bool = False
 
 
-def cases(name: str, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
-    batch, patches, width, heads = SHAPES[name]
-    half, head, codes = patches // 2, width // heads, 8192 if name != "tiny" else 512
-    tokens, size = half + 1, torch.finfo(dtype).bits // 8
-    rows, masked = batch * tokens, batch * half
+@dataclass
+class Sizes:
+    """A model's sizes, and random tensors of them."""
 
-    def make(*shape: int) -> Tensor:
-        return torch.randn(*shape, device=device).to(dtype)
+    name: str
+    device: torch.device
+    dtype: torch.dtype
 
-    ids = torch.rand(batch, patches, device=device).argsort(1)
-    visible_ids, masked_ids = ids[:, :half].sort(1).values, ids[:, half:].sort(1).values
-    table, vectors = make(patches, width), [make(width) for _ in range(7)]
-    positions = make(patches + 1, width)
-    stream = size * rows * width
-    masked_stream = size * masked * width
-    scale = head**-0.5
+    def __post_init__(self) -> None:
+        self.batch, self.patches, self.width, self.heads = SHAPES[self.name]
+        self.half = self.patches // 2
+        self.tokens, self.head = self.half + 1, self.width // self.heads
+        self.codes = 8192 if self.name != "tiny" else 512
+        self.element = torch.finfo(self.dtype).bits // 8
+        self.stream = self.element * self.batch * self.tokens * self.width  # bytes of the encoder's tokens
+        self.masked_stream = self.element * self.batch * self.half * self.width
+        ids = torch.rand(self.batch, self.patches, device=self.device).argsort(1)
+        self.visible_ids = ids[:, : self.half].sort(1).values
+        self.masked_ids = ids[:, self.half :].sort(1).values
 
-    yield Case(
-        "attention",
-        name,
-        lambda qkv: attention(qkv, scale),
-        [make(batch, tokens, 3, heads, head)],
-        (4 * stream, 7 * stream),
-    )
-    yield Case(
+    def make(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, device=self.device).to(self.dtype)
+
+    def rows(self, count: int) -> Tensor:
+        return self.make(self.batch, count, self.width)
+
+    def vectors(self, count: int) -> list[Tensor]:
+        return [self.make(self.width) for _ in range(count)]
+
+    def case(self, op: str, run: Callable[..., Any], inputs: list[Tensor], *moved: int, kind: str = "") -> Case:
+        return Case(op, f"{self.name} {kind}".strip(), run, inputs, (moved[0], moved[-1]), forward_only=len(moved) == 1)
+
+
+def cases(sizes: Sizes) -> Iterator[Case]:
+    yield from attention_cases(sizes)
+    yield from norm_cases(sizes)
+    yield from token_cases(sizes)
+    yield from product_cases(sizes)
+
+
+def attention_cases(s: Sizes) -> Iterator[Case]:
+    scale = s.head**-0.5
+    qkv = [s.make(s.batch, s.tokens, 3, s.heads, s.head)]
+    yield s.case("attention", lambda qkv: attention(qkv, scale), qkv, 4 * s.stream, 7 * s.stream)
+    yield s.case(
         "cross_attention",
-        name,
         lambda q, k1, v1, k2, v2: cross_attention(q, (k1, v1), (k2, v2), scale),
-        [make(batch, half, heads, head) for _ in range(5)],
-        (6 * masked_stream, 11 * masked_stream),
+        [s.make(s.batch, s.half, s.heads, s.head) for _ in range(5)],
+        *(6 * s.masked_stream, 11 * s.masked_stream),
     )
-    yield Case(
-        "layer_norm",
-        name,
-        lambda x, w, b: layer_norm(x, w, b, EPS),
-        [make(batch, tokens, width), *vectors[:2]],
-        (2 * stream, 3 * stream),
-    )
-    yield Case(
+
+
+def norm_cases(s: Sizes) -> Iterator[Case]:
+    table = s.make(s.patches, s.width)
+    norm = [s.rows(s.tokens), *s.vectors(2)]
+    yield s.case("layer_norm", lambda x, w, b: layer_norm(x, w, b, EPS), norm, 2 * s.stream, 3 * s.stream)
+    yield s.case(
         "residual_norm",
-        name,
         lambda x, y, g, w, b: residual_norm(x, y, g, None, (w, b), EPS),
-        [make(batch, tokens, width), make(batch, tokens, width), *vectors[:3]],
-        (4 * stream, 6 * stream),
+        [s.rows(s.tokens), s.rows(s.tokens), *s.vectors(3)],
+        *(4 * s.stream, 6 * s.stream),
     )
-    yield Case(
+    yield s.case(
         "residual_norm",
-        f"{name} qkv",
-        lambda x, y, g, *w: residual_norm_qkv(x, y, g, None, table, masked_ids, w[:2], w[2:4], w[4:], EPS),
-        [make(batch, half, width), make(batch, half, width), *vectors],
-        (6 * masked_stream, 8 * masked_stream),
+        lambda x, y, g, *w: residual_norm_qkv(x, y, g, None, table, s.masked_ids, w[:2], w[2:4], w[4:], EPS),
+        [s.rows(s.half), s.rows(s.half), *s.vectors(7)],
+        *(6 * s.masked_stream, 8 * s.masked_stream),
+        kind="qkv",
     )
-    yield Case(
+    yield s.case(
         "residual_norm",
-        f"{name} kv",
-        lambda x, *w: norm_qkv(x, table, visible_ids, None, w[:2], w[2:], EPS)[1:],
-        [make(batch, half, width), *vectors[:4]],
-        (3 * masked_stream, 4 * masked_stream),
+        lambda x, *w: norm_qkv(x, table, s.visible_ids, None, w[:2], w[2:], EPS)[1:],
+        [s.rows(s.half), *s.vectors(4)],
+        *(3 * s.masked_stream, 4 * s.masked_stream),
+        kind="kv",
     )
-    yield Case(
+
+
+def token_cases(s: Sizes) -> Iterator[Case]:
+    positions, target = s.make(s.patches + 1, s.width), s.rows(s.half)
+    yield s.case(
         "gather_tokens",
-        name,
-        lambda patch, cls: gather_tokens(patch, visible_ids, masked_ids, cls, positions),
-        [make(batch, patches, width), make(1, 1, width)],
-        (4 * stream, 3 * masked_stream),
+        lambda patches, cls: gather_tokens(patches, s.visible_ids, s.masked_ids, cls, positions),
+        [s.rows(s.patches), s.make(1, 1, s.width)],
+        *(4 * s.stream, 3 * s.masked_stream),
     )
-    hidden = 4 * width
-    yield Case(
-        "linear_gelu",
-        name,
-        linear_gelu,
-        [make(batch, tokens, width), make(hidden, width) * width**-0.5, make(hidden)],
-        (5 * stream, 14 * stream),
-    )
-    target = torch.randint(codes, (masked,), device=device)
-    yield Case(
+    prediction = [s.rows(s.half)]
+    moved = 2 * s.masked_stream, 3 * s.masked_stream
+    yield s.case("alignment_loss", lambda x: alignment_loss(x, target), prediction, *moved)
+
+
+def product_cases(s: Sizes) -> Iterator[Case]:
+    rows, hidden = s.batch * s.half, 4 * s.width
+    first = [s.rows(s.tokens), s.make(hidden, s.width) * s.width**-0.5, s.make(hidden)]
+    yield s.case("linear_gelu", linear_gelu, first, 5 * s.stream, 14 * s.stream)
+    target = torch.randint(s.codes, (rows,), device=s.device)
+    yield s.case(
         "linear_cross_entropy",
-        name,
         lambda x, w, b: linear_cross_entropy(x, w, b, target)[0],
-        [make(masked, width), make(codes, width) * width**-0.5, make(codes)],
-        (2 * size * masked * codes, 2 * masked_stream),
+        [s.make(rows, s.width), s.make(s.codes, s.width) * s.width**-0.5, s.make(s.codes)],
+        *(2 * s.element * rows * s.codes, 2 * s.masked_stream),
     )
-    yield Case(
-        "linear_argmax",
-        name,
-        linear_argmax,
-        [make(masked, 2048), make(codes, 2048), make(codes)],
-        (size * (masked + codes) * 2048, 0),
-        forward_only=True,
-    )
-    other = make(batch, half, width)
-    yield Case(
-        "alignment_loss",
-        name,
-        lambda x: alignment_loss(x, other),
-        [make(batch, half, width)],
-        (2 * masked_stream, 3 * masked_stream),
-    )
+    head = [s.make(rows, 2048), s.make(s.codes, 2048), s.make(s.codes)]
+    yield s.case("linear_argmax", linear_argmax, head, s.element * (rows + s.codes) * 2048)
 
 
 def backends(op: str, device: torch.device) -> list[str]:
@@ -285,7 +291,7 @@ def main() -> int:
     rows = []
     for shape in shapes:
         torch.manual_seed(0)
-        for case in cases(shape, device, dtype):
+        for case in cases(Sizes(shape, device, dtype)):
             if args.k not in case.op:
                 continue
             choose(case.op, "reference")
