@@ -1,16 +1,15 @@
 """Pretraining as a user runs it: real processes on real images, killed, stopped and resumed."""
 
-import json
 import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
+
+from running import Program, metrics, same_tensors
 
 SMALL = (
     "model: {size: tiny, image_size: 28, embed_dim: 32, depth: 2, num_heads: 2, regressor_depth: 1, decoder_depth: 1}\n"
@@ -23,6 +22,10 @@ SMALL = (
 STEPS = 200
 
 
+program = Program("pretrain")
+start, finish = program.start, program.finish
+
+
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pretrain")
@@ -30,30 +33,8 @@ def workplace(tmp_path_factory):
     return folder
 
 
-def start(folder: Path, *overrides: str, **popen) -> subprocess.Popen:
-    command = [sys.executable, "-m", "cae_fast", "pretrain", "small.yaml", *overrides]
-    root = Path(__file__).parents[2]
-    path = os.pathsep.join([str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **popen
-    )
-
-
-def finish(folder: Path, *overrides: str, status: int = 0) -> str:
-    process = start(folder, *overrides)
-    output, _ = process.communicate(timeout=240)
-    assert process.returncode == status, output
-    return output
-
-
-def metrics(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 def same_weights(a: Path, b: Path) -> bool:
-    first, second = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
-    return first.keys() == second.keys() and all(first[name].equal(second[name]) for name in first)
+    return same_tensors(a / "model.safetensors", b / "model.safetensors")
 
 
 @pytest.fixture(scope="module")

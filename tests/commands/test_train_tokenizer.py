@@ -5,7 +5,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,7 +12,6 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cae_fast.cli import main
@@ -22,6 +20,7 @@ from cae_fast.commands.train_tokenizer import CodeUse, noise_seed, prepare, psnr
 from cae_fast.config import TrainTokenizerConfig, field_docs, load_config
 from cae_fast.data.loader import Batch
 from cae_fast.models.dvae import load_dvae
+from running import Program, metrics, same_tensors
 
 SMALL = (
     "tokenizer: {image_size: 16, width: 16, num_blocks: 1, num_codes: 64, code_dim: 16, loss: squared_error,\n"
@@ -36,6 +35,10 @@ STEPS = 60
 VQ = ("tokenizer.quantizer=vq", "tokenizer.code_dim=8")
 
 
+program = Program("train-tokenizer")
+start, finish = program.start, program.finish
+
+
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
     folder = tmp_path_factory.mktemp("train_tokenizer")
@@ -43,30 +46,8 @@ def workplace(tmp_path_factory):
     return folder
 
 
-def start(folder: Path, *overrides: str, **popen) -> subprocess.Popen:
-    command = [sys.executable, "-m", "cae_fast", "train-tokenizer", "small.yaml", *overrides]
-    root = Path(__file__).parents[2]
-    path = os.pathsep.join([str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **popen
-    )
-
-
-def finish(folder: Path, *overrides: str, status: int = 0) -> str:
-    process = start(folder, *overrides)
-    output, _ = process.communicate(timeout=240)
-    assert process.returncode == status, output
-    return output
-
-
-def metrics(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 def same_weights(a: Path, b: Path) -> bool:
-    first, second = load_file(a / "tokenizer.safetensors"), load_file(b / "tokenizer.safetensors")
-    return first.keys() == second.keys() and all(first[name].equal(second[name]) for name in first)
+    return same_tensors(a / "tokenizer.safetensors", b / "tokenizer.safetensors")
 
 
 @pytest.fixture(scope="module")
