@@ -5,6 +5,7 @@ import pty
 import sys
 import types
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -230,19 +231,32 @@ def test_missing_metrics_are_left_out(tmp_path, capsys):
     assert "accuracy" not in capsys.readouterr().out
 
 
+def read_to_the_end(terminal: int) -> bytes:
+    """All that is written to a pseudo-terminal until its other side is closed."""
+    parts = []
+    try:
+        while part := os.read(terminal, 4096):
+            parts.append(part)
+    except OSError:  # how Linux says that the other side is closed
+        return b"".join(parts)
+    return b"".join(parts)
+
+
 def test_progress_bar_on_a_terminal(tmp_path, monkeypatch):
     for name in ("NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "FORCE_COLOR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setenv("COLUMNS", "200")
     master, slave = pty.openpty()
-    with os.fdopen(slave, "w") as terminal:
-        monkeypatch.setattr(sys, "stdout", terminal)
-        with make_monitor(tmp_path) as monitor:
-            for step in range(1, 11):
-                record(monitor, step, metrics(skipped=step == 7))
-        terminal.flush()
-        shown = os.read(master, 1 << 20).decode()
+    with ThreadPoolExecutor(1) as reader:
+        # A terminal holds a few kilobytes: it has to be read while the monitor writes, which refreshes as it likes.
+        output = reader.submit(read_to_the_end, master)
+        with os.fdopen(slave, "w") as terminal:
+            monkeypatch.setattr(sys, "stdout", terminal)
+            with make_monitor(tmp_path) as monitor:
+                for step in range(1, 11):
+                    record(monitor, step, metrics(skipped=step == 7))
+        shown = output.result().decode()
     os.close(master)
     assert "10/100" in shown
     assert "loss 1.0000 (main 0.7500, align 0.2500)" in shown
