@@ -54,6 +54,8 @@ class TargetConfig:
     tokenizer) or features (of a frozen vision transformer, with cosine loss)."""
     tokenizer: str | None = None
     """codes: a file of `cae-fast convert dalle` or `cae-fast train-tokenizer`; features: an encoder.safetensors."""
+    compile: bool = False
+    """torch.compile the frozen model of codes or features: the first step takes a minute longer."""
     alignment_weight: float = 2.0
     """Weight of the squared error between predicted and encoded latents; 0 turns the alignment off."""
 

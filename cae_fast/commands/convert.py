@@ -12,6 +12,7 @@ import argparse
 import json
 import tempfile
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,11 +21,13 @@ from torch import Tensor
 from cae_fast import __version__
 from cae_fast.config import DataConfig, UserError
 from cae_fast.data.index import build_index, resolve_data_path
-from cae_fast.data.loader import labelled_loader, resolve_num_workers
+from cae_fast.data.loader import pretrain_loader, resolve_num_workers
+from cae_fast.data.sampling import SamplingPlan
 from cae_fast.models.dalle import DalleTokenizer, dalle_tokenizer, from_openai
 from cae_fast.models.safe_pickle import read_state
 from cae_fast.models.tokenizers import file_sha256
 from cae_fast.training.checkpoint import write_safetensors
+from cae_kernels import random_mask
 
 DALLE_CLASSES = ("dall_e.", "torch.nn.modules.")
 VERIFY_GRID, VERIFY_BATCH = 14, 16
@@ -37,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--verify",
         metavar="IMAGES",
-        help="folder of images (or bundled:NAME) on which to compare float16 codes with float32 codes",
+        help="folder of images (or bundled:NAME): compare float16 with float32 codes on a crop of each",
     )
 
 
@@ -104,20 +107,36 @@ def sizes(tokenizer: DalleTokenizer) -> dict[str, int]:
 
 
 def verify(state: dict[str, Tensor], images: str) -> None:
-    """Print on how many codes of the images' central squares the encoder in float16 and in float32 agree."""
+    """Print on how many codes the encoder in float16 and in float32 agree, on one pretraining crop of every image."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     encoder = {name: tensor for name, tensor in state.items() if name.startswith("encoder.")}
     half, full = (dalle_tokenizer(encoder, device, dtype) for dtype in (torch.float16, torch.float32))
     agreed = total = 0
     with tempfile.TemporaryDirectory() as folder:
-        index = build_index(resolve_data_path(images), Path(folder) / "images.index", DataConfig().max_pixels)
-        size = half.token_size(VERIFY_GRID)
-        with closing(labelled_loader(index, size, VERIFY_BATCH, resolve_num_workers(None, 1))) as batches:
-            for pixels, _ in batches:
-                token_images = pixels.to(device)  # (B, 3, T, T)
-                ids = torch.arange(VERIFY_GRID**2, device=device).expand(len(pixels), -1)  # (B, N)
+        data = DataConfig()
+        index = build_index(resolve_data_path(images), Path(folder) / "images.index", data.max_pixels)
+        batch = min(VERIFY_BATCH, len(index))
+        crops = (data.crop_scale, data.crop_ratio, data.horizontal_flip)
+        plan = SamplingPlan(len(index), index.heights, index.widths, batch, 0, *crops)
+        loader = pretrain_loader(
+            index,
+            plan,
+            partial(random_mask, seed=0, height=VERIFY_GRID, width=VERIFY_GRID, num_masked=1),
+            image_size=VERIFY_GRID,  # the encoder's view, not looked at
+            token_size=half.token_size(VERIFY_GRID),
+            start_step=0,
+            stop_step=plan.steps_per_epoch,
+            rank=0,
+            world_size=1,
+            micro_batch_size=batch,
+            num_workers=resolve_num_workers(None, 1),
+            pin_memory=False,
+        )
+        ids = torch.arange(VERIFY_GRID**2, device=device).expand(batch, -1)  # (B, N)
+        with closing(loader):
+            for crop in loader:
+                assert crop.token_images is not None
+                token_images = crop.token_images.to(device)  # (B, 3, T, T)
                 same = half.encode(token_images, ids) == full.encode(token_images, ids)
                 agreed, total = agreed + int(same.sum()), total + same.numel()
-    if not total:
-        raise UserError(f"--verify={images}: not one image of it can be read")
     print(f"float16 and float32 agree on {agreed:,} of {total:,} codes ({agreed / total:.4%}) of {images}, on {device}")

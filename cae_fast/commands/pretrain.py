@@ -11,8 +11,7 @@ Run it again with the same arguments to continue an interrupted run: nothing els
 import argparse
 import json
 import logging
-import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -37,6 +36,7 @@ from cae_fast.models.flops import pretraining_flops
 from cae_fast.models.tokenizers import Targets, file_sha256, make_targets, prediction_dim
 from cae_fast.training.checkpoint import remove_leftovers, save_model, save_state, write_text
 from cae_fast.training.engine import PRECISIONS, Engine
+from cae_fast.training.inputs import StepInputs, inputs_ahead
 from cae_fast.training.inspection import Inspection
 from cae_fast.training.interrupt import StopRequest
 from cae_fast.training.monitor import Monitor
@@ -71,16 +71,11 @@ def run(args: argparse.Namespace) -> int:
         return train(prepare(config), stop)
 
 
-def train_step(job: "Job", batches: list[Batch], lr: float) -> dict[str, Tensor | None]:
+def train_step(job: "Job", inputs: list[StepInputs], lr: float) -> dict[str, Tensor | None]:
     """One optimizer step over its micro-batches. Nothing in it waits for the device; metrics stay there."""
     collected: list[CaeLosses] = []
-    for batch in batches:
-        images = job.normalize(batch.images)  # (B, 3, S, S)
-        with torch.no_grad():
-            view = images if batch.token_images is None else batch.token_images
-            targets = job.targets.encode(view, batch.masked_ids)  # (B, Nm, P or D), or codes (B, Nm)
-        keep = drop_path_scales(job.config.train.seed, batch.positions, job.drop_path_rates)  # (L, B)
-        losses = job.engine(images.to(job.dtype), batch.visible_ids, batch.masked_ids, targets, keep)
+    for micro_batch in inputs:
+        losses = job.engine(*micro_batch)
         job.engine.backward(losses.total)
         collected.append(losses._replace(total=losses.total.detach()))
     result = job.engine.step(lr)
@@ -89,17 +84,25 @@ def train_step(job: "Job", batches: list[Batch], lr: float) -> dict[str, Tensor 
     return dict(zip(("loss", "loss_main", "loss_align", "accuracy"), means, strict=True)) | result._asdict()
 
 
+def make_inputs(job: "Job", batch: Batch) -> StepInputs:
+    images = job.normalize(batch.images)  # (B, 3, S, S)
+    view = images if batch.token_images is None else batch.token_images
+    targets = job.encode(view, batch.masked_ids)  # (B, Nm, P or D), or codes (B, Nm)
+    keep = drop_path_scales(job.config.train.seed, batch.positions, job.drop_path_rates)  # (L, B)
+    return StepInputs(images.to(job.dtype), batch.visible_ids, batch.masked_ids, targets, keep)
+
+
 def train(job: "Job", stop: StopRequest) -> int:
     """Every step that is left, checkpoints, and the pictures at the end. Returns the exit status."""
     config, monitor = job.config, make_monitor(job)
     if job.start_step == 0 and config.probe.train:
         write_text(job.run_dir / "probe.json", json.dumps({"random": job.inspection.knn_accuracy()}))
     step = saved = job.start_step
-    with monitor, closing(micro_batches(job)) as steps:
-        for batches, waited in steps:
+    with monitor, closing(micro_batches(job)) as batches:
+        for inputs, waited in inputs_ahead(batches, partial(make_inputs, job), job.device):
             monitor.before_step(step)
             lr = scheduled_lr(step, job.plan.steps_per_epoch, config.optim)
-            metrics = train_step(job, batches, lr)
+            metrics = train_step(job, inputs, lr)
             first = step * config.train.global_batch_size
             positions = range(first, first + config.train.global_batch_size)
             monitor.record(step, metrics, lr=lr, data_wait=waited, sample_ids=positions)
@@ -121,8 +124,8 @@ def train(job: "Job", stop: StopRequest) -> int:
     return finish(job)
 
 
-def micro_batches(job: "Job") -> Generator[tuple[list[Batch], float], None, None]:
-    """For every step left: its micro-batches on the device, and the seconds spent waiting for them."""
+def micro_batches(job: "Job") -> Generator[list[Batch], None, None]:
+    """The micro-batches of every step left."""
     loader = pretrain_loader(
         job.index,
         job.plan,
@@ -139,10 +142,7 @@ def micro_batches(job: "Job") -> Generator[tuple[list[Batch], float], None, None
     )
     with closing(loader):
         for _ in range(job.start_step, job.last_step):
-            began = time.perf_counter()
-            batches = [next(loader) for _ in range(job.engine.accumulation)]
-            waited = time.perf_counter() - began
-            yield [batch.to(job.device) for batch in batches], waited
+            yield [next(loader) for _ in range(job.engine.accumulation)]
 
 
 def save(job: "Job", step: int) -> None:
@@ -186,6 +186,7 @@ class Job:
     model: ContextAutoencoder
     engine: Engine
     targets: Targets
+    encode: Callable[[Tensor, Tensor], Tensor]
     tokenizer_sha256: str | None
     normalize: Normalize
     drop_path_rates: Tensor
@@ -255,6 +256,7 @@ def prepare(config: PretrainConfig) -> Job:
         model,
         engine,
         targets,
+        torch.compile(targets.encode) if config.target.compile else targets.encode,
         tokenizer_sha256,
         normalize,
         rates,

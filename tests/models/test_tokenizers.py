@@ -1,6 +1,7 @@
 """Targets: what files load, which settings contradict each other, and pretraining with codes as a user runs it."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,20 @@ def test_resuming_changes_nothing(workplace):
     assert pretrain(tokenizer, "train.max_steps=5", "train.run_dir=runs/whole") == 0
     parts, whole = (load_file(workplace / "runs" / name / "model.safetensors") for name in ("codes", "whole"))
     assert all(parts[name].equal(whole[name]) for name in whole)
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler, which torch.compile uses on a CPU")
+def test_a_compiled_tokenizer_gives_the_same_codes(workplace):
+    tokenizer = "target.tokenizer=dalle.safetensors"
+    assert pretrain(tokenizer, "train.max_steps=2", "target.compile=true", "log.every_steps=1") == 0
+    assert pretrain(tokenizer, "train.max_steps=2", "train.run_dir=runs/eager", "log.every_steps=1") == 0
+    compiled, eager = (metrics(workplace / "runs" / name) for name in ("codes", "eager"))
+    assert [line["loss"] for line in compiled] == pytest.approx([line["loss"] for line in eager], rel=1e-3)
+
+
+def test_compiling_pixels_is_refused(workplace, capsys):
+    assert pretrain("target.kind=pixels", "target.compile=true") == 2
+    assert "target.compile is true, but target.kind pixels" in capsys.readouterr().err
 
 
 def test_codes_are_learned(workplace):
