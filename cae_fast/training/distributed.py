@@ -165,7 +165,10 @@ def read_world() -> World:
     """
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
-        names, local_size = ("RANK", "WORLD_SIZE", "LOCAL_RANK"), env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", "1"))
+        names, local_size = (
+            ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+            env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", "1")),
+        )
     elif "SLURM_STEP_NUM_TASKS" in env:  # not SLURM_NTASKS: that is there in a batch script without srun too
         names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
         # With --cpus-per-task a task sees its own cores only.

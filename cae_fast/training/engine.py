@@ -1,4 +1,4 @@
-"""Training without a framework, alone or plain data parallel: compute in bfloat16 or float32, float32 master weights, AdamW on the device.
+"""Training without a framework, alone or plain data parallel: compute in bfloat16 or float32, float32 masters.
 
 A step with a non-finite loss or gradient leaves weights and moments untouched; that decision is taken on the device.
 """

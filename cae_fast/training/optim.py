@@ -2,7 +2,6 @@
 
 import math
 import re
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +59,7 @@ def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
-def squared_norm(gradients: Sequence[Tensor]) -> Tensor:
+def squared_norm(gradients: list[Tensor]) -> Tensor:
     """Sum of squares as a float64 scalar: rounded once in the end, whatever the order and cut of the tensors."""
     return torch.stack(torch._foreach_norm(gradients, dtype=torch.float32)).double().square().sum()
 

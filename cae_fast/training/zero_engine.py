@@ -146,7 +146,10 @@ class ZeroEngine:
         decaying = {name: decays(name, parameter) for name, parameter in trainable(model)}
         self.parameters = dict(trainable(model))
         groups = [
-            {"params": [p for name, p in self.parameters.items() if decaying[name] == with_decay], "weight_decay": decay}
+            {
+                "params": [p for name, p in self.parameters.items() if decaying[name] == with_decay],
+                "weight_decay": decay,
+            }
             for with_decay, decay in ((True, config.optim.weight_decay), (False, 0.0))
         ]
         derived = derived_settings(train, self.stage, world.size, accumulation, device.type == "cuda")
@@ -209,15 +212,19 @@ class ZeroEngine:
     @torch.no_grad()
     def state_items(self) -> Generator[tuple[str, Tensor], None, None]:
         """The training state as `Engine.state()` names it, every tensor whole on every process, one at a time."""
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+        from deepspeed.utils import safe_get_full_optimizer_state
 
         yield "step", next(iter(self.optimizer.partitions.values())).step
-        for ours, theirs in KEYS:
+        yield from self._masters()
+        for ours, theirs in KEYS[1:]:
             for name, parameter in self.parameters.items():
-                if theirs is None:
-                    yield f"{ours}/{name}", safe_get_full_fp32_param(parameter)
-                else:
-                    yield f"{ours}/{name}", safe_get_full_optimizer_state(parameter, theirs)
+                yield f"{ours}/{name}", safe_get_full_optimizer_state(parameter, theirs)
+
+    def _masters(self) -> Generator[tuple[str, Tensor], None, None]:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        for name, parameter in self.parameters.items():
+            yield f"param/{name}", safe_get_full_fp32_param(parameter)
 
     @torch.no_grad()
     def load_state(self, state: dict[str, Tensor]) -> None:
@@ -262,7 +269,8 @@ class ZeroEngine:
 
     def model_state(self) -> dict[str, Tensor]:
         """The consolidated model in float32 on the host."""
-        return consolidated(self.module, {name: tensor.cpu() for name, tensor in self.state_items()})
+        with torch.no_grad():
+            return consolidated(self.module, {name: tensor.cpu() for name, tensor in self._masters()})
 
 
 AnyEngine = Engine | ZeroEngine
