@@ -8,6 +8,7 @@ import importlib.util
 import json
 import logging
 import os
+import warnings
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,8 @@ class ZeroEngine:
         import deepspeed
 
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        # DeepSpeed calls what newer versions of torch rename.
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
         if device.type == "cpu":
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled, for minutes
         train, self.stage = config.train, zero_stage(config.train, world)

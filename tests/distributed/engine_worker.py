@@ -36,15 +36,17 @@ class Case:
     overlay: str | None = None
     poison: int | None = None
     """A step in which the last process's images hold a NaN."""
+    even: bool = False
+    """Widths that are multiples of 16, else some that 2 and 4 do not divide."""
     load: str | None = None
     seed: int = 0
 
 
 def make(case: Case, world: World) -> AnyEngine:
     torch.manual_seed(case.seed)
-    shape = ModelConfig(size="tiny", image_size=16, embed_dim=36, depth=2, num_heads=2, decoder_embed_dim=28)
-    shape.regressor_depth = shape.decoder_depth = 2
-    shape.decoder_num_heads, shape.drop_path_rate = 2, 0.3
+    shape = ModelConfig(size="tiny", image_size=16, depth=2, regressor_depth=2, decoder_depth=2, drop_path_rate=0.3)
+    shape.embed_dim, shape.decoder_embed_dim = (48, 32) if case.even else (36, 28)
+    shape.num_heads, shape.decoder_num_heads = (4, 4) if case.even else (5, 3)
     model = ContextAutoencoder(shape, 48, predict_codes=False, alignment_weight=2.0 if case.align else 0.0)
     model.checkpoint_blocks(case.activation_checkpointing)
     train = TrainConfig(
@@ -112,6 +114,7 @@ def main() -> None:
             (out / f"{name}.rank{world.rank}.json").write_text(json.dumps(result))
             if world.main:
                 save_file(tensors, out / f"{name}.safetensors")
+            world.on_main(lambda: None)  # the next case may load this one's file
 
 
 if __name__ == "__main__":
