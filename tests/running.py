@@ -44,16 +44,16 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def start_processes(command: list[str], count: int, folder: Path, port: int | None = None) -> list[subprocess.Popen]:
+def start_processes(command: list[str], count: int, folder: Path, **environment: str) -> list[subprocess.Popen]:
     """`python COMMAND` in `count` processes that find each other as a launcher would have them do it."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     common = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "PYTHONWARNINGS": "ignore"}
-    common |= {"MASTER_PORT": str(port or free_port()), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    common |= {"MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     return [
         subprocess.Popen(
             [sys.executable, *command],
             cwd=folder,
-            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env=os.environ | common | environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
