@@ -46,7 +46,7 @@ def free_port() -> int:
 
 def start_processes(command: list[str], count: int, folder: Path, **environment: str) -> list[subprocess.Popen]:
     """`python COMMAND` in `count` processes that find each other as a launcher would have them do it."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     common = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "PYTHONWARNINGS": "ignore"}
     common |= {"MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     return [

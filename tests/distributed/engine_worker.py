@@ -6,6 +6,7 @@ python engine_worker.py OUT_DIR CASES_JSON; cases: {name: {settings of `Case`}}.
 import json
 import os
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from cae_fast.models.cae import ContextAutoencoder
 from cae_fast.training.distributed import World, joined, read_world
 from cae_fast.training.zero_engine import AnyEngine, make_engine
 from cae_kernels import drop_path_scales, random_mask
+from host_reads import NoHostReads
 
 CPU = torch.device("cpu")
 GLOBAL_BATCH = 8
@@ -34,6 +36,8 @@ class Case:
     offload: bool = False
     activation_checkpointing: bool = False
     overlay: str | None = None
+    watched: bool = False
+    """Fail where the last step waits for the device."""
     poison: int | None = None
     """A step in which the last process's images hold a NaN."""
     even: bool = False
@@ -90,11 +94,13 @@ def run(case: Case, world: World) -> tuple[dict, dict[str, torch.Tensor]]:
     result: dict[str, list] = {"losses": [], "norms": [], "skipped": []}
     for step in range(start, case.steps):
         losses = []
-        for inputs in micro_batches(case, step, world, rates):
-            total = engine(*inputs).total
-            engine.backward(total)
-            losses.append(total.detach())
-        norm, skipped = engine.step(1e-3)
+        batches = list(micro_batches(case, step, world, rates))
+        with NoHostReads() if case.watched and step == case.steps - 1 else nullcontext():
+            for inputs in batches:
+                total = engine(*inputs).total
+                engine.backward(total)
+                losses.append(total.detach())
+            norm, skipped = engine.step(1e-3)
         result["losses"].append(world.mean(torch.stack(losses).mean()).item())
         result["norms"].append(norm.item())
         result["skipped"].append(skipped.item())

@@ -80,6 +80,7 @@ def one(tmp_path_factory, two) -> Runs:
     even = {**BF16, "even": True}
     cases |= {f"bf16_{stage}": {"zero": stage, **even} for stage in (0, 1, 2)}
     cases |= {f"bf16_accumulated{stage}": {"zero": stage, "accumulation": 2, **even} for stage in (0, 1)}
+    cases |= {f"watched{stage}": {"zero": stage, **BF16, "steps": 3, "watched": True} for stage in (1, 2)}
     cases["no_align"] = {"steps": 3, "align": False}
     cases["poisoned"] = {"steps": 4, "poison": 2}
     for stage in (0, 3):
@@ -180,6 +181,12 @@ def test_a_state_continues_with_other_numbers_of_processes(one, two, four):
     for losses in (four.losses("went_on"), one.losses("of_two0"), one.losses("of_two3")):
         assert losses == pytest.approx(straight, rel=2e-3)
     assert one.losses("of_two0")[0] == pytest.approx(straight[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_step_never_waits_for_the_device(one, stage):
+    """Its worker ran the last step under a watch that raises."""
+    assert one.result(f"watched{stage}")["skipped"] == [0, 0, 0]
 
 
 def test_the_consolidated_model_holds_the_masters(two):

@@ -134,7 +134,7 @@ def test_a_launcher_told_to_stop_leaves_a_run_to_continue(workplace, uninterrupt
     output, _ = process.communicate(timeout=60)
     stopped_at = json.loads((run / "stopped.json").read_text())["step"]
     assert f"after step {stopped_at}; run the same command again to continue" in output
-    assert "Traceback" not in output.split("SignalException")[0].split("torch/distributed/run.py")[0]
+    assert "of 2 stopped: " not in output  # what a process that fails says
     assert (run / f"checkpoints/step_{stopped_at:08d}.safetensors").exists()
     assert metrics(run)[-1]["step"] == stopped_at
 
