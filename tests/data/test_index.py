@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from cae_fast.config import DataConfig, UserError
-from cae_fast.data import index as index_module
+from cae_fast.data import scan as scan_module
 from cae_fast.data.decode import decode_rgb
 from cae_fast.data.index import build_index, index_for, open_index, resolve_data_path
 
@@ -176,7 +176,7 @@ def test_read_errors_are_listed(two_images, tmp_path, monkeypatch):
             raise PermissionError(13, "Permission denied")
         return open(path, *arguments, **options)
 
-    monkeypatch.setattr(index_module, "open", failing_open, raising=False)
+    monkeypatch.setattr(scan_module, "open", failing_open, raising=False)
     index = build_index(two_images, tmp_path / "x.index", MAX_PIXELS)
     assert read_bad(index) == {"0.png": "cannot be read: Permission denied"}
 
@@ -187,7 +187,7 @@ def test_classes_are_the_first_folders(tmp_path, photograph, encode):
     write(tmp_path / "images", dict.fromkeys(names, content) | {"only bad/0.png": b"", "no images/readme": b""})
     index = build_index(tmp_path / "images", tmp_path / "x.index", MAX_PIXELS)
     assert index.classes == ["10", "9", "a", "b", "only bad"]
-    labelled = {str(index.path(i).relative_to(index.root)): int(index.labels[i]) for i in range(len(index))}
+    labelled = {str(index.path(i).relative_to(index.source)): int(index.labels[i]) for i in range(len(index))}
     expected = {"10/x.png": 0, "9/x.png": 1, "a/9.png": 2, "b/1.png": 3, "b/deep/er/2.png": 3, "top.png": -1}
     assert labelled == expected
     assert list(labelled) == list(expected)
@@ -202,7 +202,7 @@ def test_linked_folders_and_loops(tmp_path, photograph, encode):
     (tmp_path / "elsewhere" / "deep" / "loop").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "images" / "z.png").symlink_to(tmp_path / "images" / "a" / "1.png")
     index = build_index(tmp_path / "images", tmp_path / "x.index", MAX_PIXELS)
-    names = [str(index.path(i).relative_to(index.root)) for i in range(len(index))]
+    names = [str(index.path(i).relative_to(index.source)) for i in range(len(index))]
     assert names == ["a/1.png", "linked/2.png", "linked/deep/3.png", "z.png"]
 
 
@@ -211,7 +211,7 @@ def test_the_same_files_give_the_same_index(tmp_path, photograph, encode, monkey
     content = {name: encode(photograph(8, 9, i), "PNG") for i, name in enumerate(names)}
     write(tmp_path / "one", content)
     write(tmp_path / "two", dict(reversed(content.items())))
-    monkeypatch.setattr(index_module, "BLOCK", 4)
+    monkeypatch.setattr(scan_module, "BLOCK", 4)
     one = build_index(tmp_path / "one", tmp_path / "one.index", MAX_PIXELS, num_threads=4)
     two = build_index(tmp_path / "two", tmp_path / "two.index", MAX_PIXELS, num_threads=1)
     assert one.fingerprint == two.fingerprint
@@ -270,7 +270,7 @@ def test_an_interrupted_scan_leaves_nothing(two_images, tmp_path, monkeypatch):
     def interrupt(path, max_pixels):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(index_module, "inspect_file", interrupt)
+    monkeypatch.setattr(scan_module, "inspect_file", interrupt)
     with pytest.raises(KeyboardInterrupt):
         build_index(two_images, tmp_path / "x.index", MAX_PIXELS)
     assert [path.name for path in tmp_path.iterdir()] == ["images"]
@@ -323,6 +323,19 @@ def test_index_for_a_run_is_made_once(two_images, tmp_path):
     given = index_for(DataConfig(path="ignored", index=str(first.folder)), tmp_path / "elsewhere" / "run")
     assert given.folder == first.folder
     assert not (tmp_path / "elsewhere").exists()
+
+
+def test_index_for_a_folder_that_grew(tmp_path, encode, photograph):
+    content = encode(photograph(5, 5), "PNG")
+    write(tmp_path / "images", {"a/0.png": content, "b/0.png": content})
+    data, run = DataConfig(path=str(tmp_path / "images")), tmp_path / "runs" / "one"
+    first = index_for(data, run)
+    for count, name in enumerate(("a/1.png", "c/0.png", "top.png"), start=3):
+        write(tmp_path / "images", {name: content})
+        assert len(index_for(data, run)) == count
+    (tmp_path / "images" / "b" / "0.png").unlink()
+    assert len(index_for(data, run)) == 4
+    assert len(open_index(first.folder)) == len(first) == 2  # it may be another run's
 
 
 def test_index_for_a_relative_folder(two_images, tmp_path, monkeypatch):
