@@ -23,6 +23,7 @@ ORDER = 0
 CROP = 1
 FLIP = 2
 REPLACEMENT = 5
+AUGMENT = 6
 
 CROP_TRIES = 10
 FEISTEL_ROUNDS = 8
@@ -173,6 +174,11 @@ class SamplingPlan:
         distance = 1 + (int(word[0]) + attempt - 1) % others
         place = (place + distance) % self.num_samples
         return int(permute(np.array([place]), self.num_samples, self.seed, epoch)[0])
+
+    def augment_seed(self, position: int) -> int:
+        """The seed, below 2**32, of whatever else is random about the image at a position."""
+        word, *_ = _position_words(self.seed, 0, np.array([position]), AUGMENT)
+        return int(word[0])
 
     def _place(self, position: int) -> tuple[int, int]:
         """(epoch, place in the epoch's permutation) of a global position."""
