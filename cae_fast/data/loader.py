@@ -5,6 +5,7 @@ G global batch size, L images per process and step.
 """
 
 import copy
+import ctypes
 import logging
 import multiprocessing
 import os
@@ -267,12 +268,21 @@ def _start_worker(worker_id: int) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_when_told_by, args=(main_process.pid,), daemon=True).start()
     torch.set_num_threads(1)
+    _keep_freed_memory()
 
 
 def _end_when_told_by(main_process: int) -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main_process:
         pass
     os._exit(0)
+
+
+def _keep_freed_memory() -> None:
+    """Let malloc use an image's memory for the next one; glibc gives it back, and its page faults cost a fifth."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+    if mallopt is not None:
+        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, the most that glibc allows
+        mallopt(-1, 64 << 20)  # M_TRIM_THRESHOLD
 
 
 def labelled_train_loader(
