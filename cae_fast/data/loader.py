@@ -203,10 +203,12 @@ class _PlannedImages(Dataset[Batch | UserError]):
         sample_ids = sample.sample_ids
         for i, position in enumerate(sample.positions.tolist()):
             pixels, sample_ids[i], box = self._decode(position, int(sample_ids[i]), sample.boxes[i], replaced)
-            flip = bool(sample.flips[i])
-            images[i] = resized_crop(pixels, box, flip, size, "bicubic", self.decoder)
+            top, left, height, width = box
+            crop = np.ascontiguousarray(pixels[top : top + height, left : left + width])  # copied once for both views
+            whole, flip = (0, 0, height, width), bool(sample.flips[i])
+            images[i] = resized_crop(crop, whole, flip, size, "bicubic", self.decoder)
             if token_images is not None and token_size is not None:
-                token_images[i] = resized_crop(pixels, box, flip, token_size, "lanczos", self.decoder)
+                token_images[i] = resized_crop(crop, whole, flip, token_size, "lanczos", self.decoder)
             if self.augment is not None:
                 with _seeded(self.plan.augment_seed(position)):
                     augmented = self.augment(Image.fromarray(images[i].permute(1, 2, 0).numpy()))
