@@ -24,6 +24,7 @@ ORDER = 0
 CROP = 1
 FLIP = 2
 REPLACEMENT = 5
+AUGMENT = 6
 SHARD_START = 7
 SHARD_SPREAD = 8
 
@@ -248,6 +249,11 @@ class SamplingPlan:
         if self.shard_order is not None:
             return self.shard_order.sample_ids(places, epoch)
         return permute(places, self.num_samples, self.seed, epoch)
+
+    def augment_seed(self, position: int) -> int:
+        """The seed, below 2**32, of whatever else is random about the image at a position."""
+        word, *_ = _position_words(self.seed, 0, np.array([position]), AUGMENT)
+        return int(word[0])
 
     def _place(self, position: int) -> tuple[int, int]:
         """(epoch, place in the epoch's order) of a global position."""

@@ -1,96 +1,19 @@
-import gzip
 import json
 import os
 import pickle
-import struct
 import subprocess
 import sys
-import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from cae_fast.config import DataConfig, UserError
 from cae_fast.data import scan as scan_module
 from cae_fast.data.decode import decode_rgb
 from cae_fast.data.index import build_index, index_for, open_index, resolve_data_path
+from data_files import bad_files, good_files
 
 MAX_PIXELS = 1_000_000
-
-
-def png_header(width, height):
-    """A PNG that claims a size and holds almost no data."""
-
-    def chunk(name, content):
-        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
-
-
-def good_files(photograph, encode):
-    pixels = photograph(40, 60)
-    image = Image.fromarray(pixels)
-    rotated = Image.Exif()
-    rotated[0x0112] = 6
-    thumbnail = b"Exif\x00\x00" + encode(photograph(16, 16), "JPEG")
-    alpha = image.copy()
-    alpha.putalpha(128)
-    return {
-        "rgb.jpg": encode(image, "JPEG"),
-        "gray.jpeg": encode(image.convert("L"), "JPEG"),
-        "cmyk.JPG": encode(image.convert("CMYK"), "JPEG"),
-        "progressive.JPEG": encode(image, "JPEG", progressive=True),
-        "exif.jpg": encode(image, "JPEG", exif=rotated),
-        "thumbnail.jpg": encode(image, "JPEG", exif=thumbnail),
-        "garbage behind.jpg": encode(image, "JPEG") + b"\r\n" * 50,
-        "rgb.png": encode(image, "PNG"),
-        "palette.png": encode(image.quantize(16), "PNG"),
-        "gray.Png": encode(image.convert("L"), "PNG"),
-        "gray16.png": encode(Image.fromarray(np.arange(2400, dtype=np.uint16).reshape(40, 60)), "PNG"),
-        "rgba.png": encode(alpha, "PNG"),
-        "lossy.webp": encode(image, "WEBP"),
-        "lossless.webp": encode(alpha, "WEBP", lossless=True),
-        "rgb.bmp": encode(image, "BMP"),
-        "really a jpeg.png": encode(image, "JPEG"),
-        "really a png.jpg": encode(image, "PNG"),
-        "zipped.jpg": gzip.compress(encode(image, "JPEG")),
-        "tab\tand\nnewline \\ .jpg": encode(image, "JPEG"),
-        "grün 雪 🦆.jpg": encode(image, "JPEG"),
-        os.fsdecode(b"not utf-8 \xff\xfe.jpg"): encode(image, "JPEG"),
-    }
-
-
-def bad_files(photograph, encode):
-    """{name: (bytes, a part of the reason)}."""
-    image = photograph(200, 300)
-    files = {format: encode(image, format) for format in ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")}
-    jpeg = files["JPEG"]
-    thumbnail = encode(image, "JPEG", exif=b"Exif\x00\x00" + encode(photograph(16, 16), "JPEG"))
-    return {
-        "empty.jpg": (b"", "empty"),
-        "page.jpg": (b"\n<!DOCTYPE html><html>404</html>", "HTML"),
-        "noise.png": (bytes(range(256)), "unknown"),
-        "animation.jpg": (files["GIF"], "GIF"),
-        "scan.png": (files["TIFF"], "TIFF"),
-        "cut.jpg": (jpeg[: len(jpeg) // 2], "truncated"),
-        "last byte missing.jpg": (jpeg[:-1], "truncated"),
-        "cut in the header.jpg": (jpeg[:100], "JPEG"),
-        "only a mark.jpg": (jpeg[:4], "JPEG"),
-        "zero tail.jpg": (jpeg[:-5000] + bytes(5000), "truncated"),
-        "long zero tail.jpg": (jpeg + bytes(70_000), "truncated"),
-        "thumbnail complete.jpg": (thumbnail[:-500], "truncated"),
-        "cut.png": (files["PNG"][: len(files["PNG"]) // 2], "truncated"),
-        "cut in the header.png": (files["PNG"][:20], "PNG"),
-        "cut.webp": (files["WEBP"][:-100], "truncated"),
-        "cut.bmp": (files["BMP"][:-100], "truncated"),
-        "zipped cut.jpg": (gzip.compress(jpeg)[:-50], "gzip"),
-        "zipped page.jpg": (gzip.compress(b"<html>"), "HTML"),
-        "absurd.png": (png_header(2**31 - 1, 2**31 - 1), "data.max_pixels"),
-        "large.png": (png_header(1001, 1000), "1001 x 1000 pixels are more than data.max_pixels=1000000"),
-        "strange\t\n.jpg": (b"", "empty"),
-    }
 
 
 def write(folder, files):
@@ -112,8 +35,8 @@ def two_images(tmp_path, encode, photograph):
     return tmp_path / "images"
 
 
-def test_good_files(tmp_path, photograph, encode):
-    files = good_files(photograph, encode)
+def test_good_files(tmp_path):
+    files = good_files(40, 60)
     write(tmp_path / "images", files | {"notes.txt": b"no image", "table.csv": b"", "jpg": b"no extension"})
     index = build_index(tmp_path / "images", tmp_path / "x.index", MAX_PIXELS)
     assert read_bad(index) == {}
@@ -131,7 +54,7 @@ def test_good_files(tmp_path, photograph, encode):
 
 
 def test_bad_files(tmp_path, photograph, encode):
-    bad = bad_files(photograph, encode)
+    bad = bad_files()
     write(tmp_path / "images", {name: content for name, (content, _) in bad.items()})
     write(tmp_path / "images", {"good.png": encode(photograph(1000, 1000), "PNG")})
     (tmp_path / "images" / "dangling.jpg").symlink_to(tmp_path / "nowhere.jpg")
