@@ -127,9 +127,7 @@ def make_targets(target: TargetConfig, image_size: int, patch_size: int, device:
                 f"target.tokenizer is {target.tokenizer}, but target.kind {target.kind}: set target.kind=codes"
             )
         if target.compile:
-            raise UserError(
-                f"target.compile is true, but target.kind {target.kind} runs no model: leave it false"
-            )
+            raise UserError(f"target.compile is true, but target.kind {target.kind} runs no model: leave it false")
         return PixelTargets(patch_size, target.kind == "normalized_pixels")
     if not target.tokenizer:
         source = "`cae-fast convert dalle` or `cae-fast train-tokenizer` writes"
