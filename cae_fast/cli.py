@@ -14,6 +14,7 @@ COMMANDS = {
     "train-tokenizer": "train a discrete VAE whose codes can be a target of pretraining",
     "convert": "turn other people's weights into files of ours, without running code from them",
     "index": "scan a folder of images once and write its index",
+    "estimate": "memory, time and GPU-hours of a pretraining recipe on N GPUs, without a GPU",
     "doctor": "show what this machine has and which kernels run on it",
 }
 
