@@ -49,7 +49,7 @@ def test_parameters_and_flops_are_the_models(tiny, overrides):
 
 def test_flops_of_the_tokenizer_in_a_file(tiny, tmp_path):
     torch.manual_seed(0)
-    encoder = DalleEncoder(width=16, num_codes=32)
+    encoder = DalleEncoder(width=16, num_codes=32).requires_grad_(False)
     state = {f"encoder.{name}": tensor for name, tensor in encoder.state_dict().items()}
     save_file(state, tmp_path / "dalle.safetensors", {"cae_fast": json.dumps({"kind": "dalle"})})
     overrides = ["target.kind=codes", f"target.tokenizer={tmp_path / 'dalle.safetensors'}"]
