@@ -51,7 +51,7 @@ def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             facts = json.loads((file.metadata() or {}).get("cae_fast", "{}"))
             return facts, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a vision transformer in a safetensors file ({error})") from error
+        raise UserError(f"{path}: not a safetensors file ({error})") from error
 
 
 def make_encoder(state: dict[str, Tensor], num_heads: int, image_size: int | None = None) -> VisionTransformer:
