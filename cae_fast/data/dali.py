@@ -1,9 +1,10 @@
 """Decode, crop and resize with NVIDIA DALI: on the GPU, or the same pipeline on the CPU.
 
 Worker processes read the files of a micro-batch in the order of the plan, check them and hand them on; DALI decodes
-whole images (decoding only the crop has crashed on Hopper GPUs) and crops inside its two resizes. On the CPU, DALI's
-decoded pixels are those of libjpeg-turbo with the accurate DCT, and a view differs from the CPU path's by 0.2 gray
-levels on average and 3 at most, because DALI does not round between rows and columns.
+whole images (decoding only the crop has crashed on Hopper GPUs), cuts the crops out (its resize would do so too, but
+looks beyond the crop's edges) and resizes them twice. On the CPU, DALI's decoded pixels are those of libjpeg-turbo
+with the accurate DCT, and a view differs from the CPU path's by at most THRESHOLD, because DALI does not round between
+rows and columns.
 
 A worker refuses what the CPU path would refuse, as far as that can be seen without decoding. What damage leaves the
 structure of a JPEG intact is only seen by DALI's decoders: a batch that they refuse is loaded again by the CPU path,
@@ -95,8 +96,8 @@ class EncodedBatch:
     """JPEG and PPM files, one after the other, uint8."""
     sizes: list[int]
     """Bytes of each file."""
-    corners: Tensor
-    """First and last edges of the crops in pixels, (top, left) and (bottom, right), float32 (2, B, 2)."""
+    crops: Tensor
+    """(top, left) and (height, width) in pixels, int32 (2, B, 2)."""
     flips: Tensor
     """int32 (B,)."""
     positions: Tensor
@@ -105,7 +106,7 @@ class EncodedBatch:
 
     def inputs(self) -> tuple[list[np.ndarray], np.ndarray, np.ndarray, np.ndarray]:
         files = np.split(self.files.numpy(), np.cumsum(self.sizes)[:-1])
-        return files, *self.corners.numpy(), self.flips.numpy()
+        return files, *self.crops.numpy(), self.flips.numpy()
 
 
 @dataclass
@@ -134,12 +135,11 @@ class EncodedImages(Dataset[EncodedBatch | UserError]):
                 file = np.frombuffer(b"P6 %d %d 255\n%b" % (width, height, crop.tobytes()), np.uint8)
                 sample.boxes[i, :2] = 0
             files.append(file)
-        corners = np.stack([sample.boxes[:, :2], sample.boxes[:, :2] + sample.boxes[:, 2:]])
         return EncodedBatch(
             place,
             torch.from_numpy(np.concatenate(files)),
             [len(file) for file in files],
-            torch.from_numpy(corners.astype(np.float32)),
+            torch.from_numpy(np.stack([sample.boxes[:, :2], sample.boxes[:, 2:]])),
             torch.from_numpy(sample.flips.astype(np.int32)),
             torch.from_numpy(sample.positions),
             torch.from_numpy(sample.sample_ids),
@@ -223,17 +223,18 @@ class _Pipeline:
             prefetch_queue_depth=PREFETCH,
         )
         with pipe:
-            files, starts, ends, flips = fn.external_source(
+            files, starts, shapes, flips = fn.external_source(
                 source=self._source(),
                 num_outputs=4,
                 batch=True,
-                dtype=[types.UINT8, types.FLOAT, types.FLOAT, types.INT32],
+                dtype=[types.UINT8, types.INT32, types.INT32, types.INT32],
                 ndim=[1, 1, 1, 0],
             )
             of_mixed = {"hw_decoder_load": HW_DECODER_LOAD, "jpeg_fancy_upsampling": True} if cuda else {}
             pixels = fn.decoders.image(files, device="mixed" if cuda else "cpu", adjust_orientation=False, **of_mixed)
+            crops = fn.slice(pixels, start=starts, shape=shapes, axes=[0, 1])
             views = [
-                fn.resize(pixels, size=[size, size], interp_type=filter, roi_start=starts, roi_end=ends)
+                fn.resize(crops, size=[size, size], interp_type=filter)
                 for size, filter in zip(sizes, (types.INTERP_CUBIC, types.INTERP_LANCZOS3), strict=True)
                 if size is not None
             ]
