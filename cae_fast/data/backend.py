@@ -53,7 +53,7 @@ def _fastest(device: torch.device, open_loader: OpenLoader) -> tuple[str, str]:
         return "cpu", "without a GPU, DALI is slower"
     if missing := why_not():
         return "cpu", missing
-    rates = try_out(partial(_measure, open_loader, device), TIMEOUT)
+    rates = try_out(partial(_measure, open_loader, device, SECONDS), TIMEOUT)
     if isinstance(rates, str):
         return "cpu", f"DALI failed its trial: {rates}"
     figures = ", ".join(f"{name} {rate:.0f}" for name, rate in rates.items())
@@ -89,22 +89,24 @@ def _send_result(sender: Connection, trial: Callable[[], Any]) -> None:
     sender.send(result)
 
 
-def _measure(open_loader: OpenLoader, device: torch.device) -> dict[str, float] | str:
+def _measure(open_loader: OpenLoader, device: torch.device, seconds: float) -> dict[str, float] | str:
     """Images/s of both backends, or what is wrong with DALI's pixels."""
     first: dict[str, torch.Tensor] = {}
     rates: dict[str, float] = {}
     for decoder in ("dali", "cpu"):
-        loader = open_loader(decoder=decoder, device=device, pin_memory=True, start_step=0, stop_step=10**9)
-        with closing(loader):
+        pin = device.type == "cuda"
+        with closing(
+            open_loader(decoder=decoder, device=device, pin_memory=pin, start_step=0, stop_step=10**9)
+        ) as loader:
             first[decoder] = next(loader).images.cpu().float()
-            rates[decoder] = images_per_second(loader, device)
+            rates[decoder] = images_per_second(loader, device, seconds)
     difference = float((first["dali"] - first["cpu"]).abs().mean())
     if difference > MAX_DIFFERENCE:
         return f"its pixels differ from the CPU path's by {difference:.1f} gray levels on average"
     return rates
 
 
-def images_per_second(batches: Generator[Batch, None, None], device: torch.device, seconds: float = SECONDS) -> float:
+def images_per_second(batches: Generator[Batch, None, None], device: torch.device, seconds: float) -> float:
     """Steady rate on the device; as long before the measurement, the workers' queues settle."""
     counted, began = 0, time.perf_counter()
     for batch in batches:

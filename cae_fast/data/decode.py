@@ -19,7 +19,7 @@ import simplejpeg
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 # The limit on an image's size is data.max_pixels: the index leaves larger files out, and decode_rgb refuses a file
 # whose size is not the index's. Pillow's own fixed limit would refuse what a user allows.
@@ -96,6 +96,8 @@ def _decode_pil(data: bytes, size: tuple[int, int] | None) -> Pixels:
             return np.array(image.convert("RGB"))
     except DecodeError:
         raise
+    except UnidentifiedImageError as error:  # its text has an address of memory, another one each time
+        raise DecodeError("is no JPEG, PNG, WebP or BMP image") from error
     except Exception as error:  # Pillow's decoders raise any type: OSError, SyntaxError, ValueError, struct.error ...
         raise DecodeError(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
 
