@@ -152,8 +152,8 @@ def decoded_batches(
 ) -> Generator[Batch | UserError, None, None]:
     """The batches of a loader of EncodedImages, decoded on `device` and left there.
 
-    On a GPU the two views are DALI's own memory, which it may write again, on a stream of its own, once nobody refers to
-    it. So they are kept here for two steps of `micro_batches` each: what reads them has been queued when the same
+    On a GPU the two views are DALI's own memory, which it may write again, on a stream of its own, once nobody refers
+    to it. So they are kept here for two steps of `micro_batches` each: what reads them has been queued when the same
     micro-batch of the next step is asked for, and has run when the event recorded then is over. For that the host
     waits another step later, by when the GPU has long done it; at the end it waits for all. Whoever keeps a batch for
     more than two steps must have read it by then.
