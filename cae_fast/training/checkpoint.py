@@ -73,10 +73,15 @@ def remove_leftovers(run_dir: Path) -> None:
 
 def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors on the CPU, and the facts. Raises UserError for a file that is not one of ours."""
+    facts = load_facts(path)
+    return load_file(path), facts
+
+
+def load_facts(path: Path) -> dict[str, Any]:
+    """What `save_state` was told besides the tensors. Raises UserError for a file that is not one of ours."""
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-        return load_file(path), json.loads(metadata["cae_fast"])
+            return json.loads((file.metadata() or {})["cae_fast"])
     except (SafetensorError, KeyError, OSError) as error:
         raise UserError(f"{path} is not a training state of cae_fast: {error}") from error
 
