@@ -30,6 +30,7 @@ from cae_fast.config import (
     ProbeConfig,
     UserError,
 )
+from cae_fast.data.backend import OpenLoader, choose_backend
 from cae_fast.data.index import ImageIndex, index_for
 from cae_fast.data.loader import Batch, Mask, pretrain_loader, resolve_num_workers
 from cae_fast.data.normalize import Normalize
@@ -46,10 +47,9 @@ from cae_fast.training.interrupt import StopRequest
 from cae_fast.training.monitor import Monitor
 from cae_fast.training.optim import scheduled_lr
 from cae_fast.training.pictures import save_curves
-from cae_fast.training.resume import load_weights, newest_state, resume
+from cae_fast.training.resume import first_backend, load_weights, newest_state, resume
 from cae_fast.training.run_setup import (
     MAX_CONSECUTIVE_SKIPS,
-    accumulation_steps,
     add_settings,
     check_training,
     choose_device,
@@ -57,6 +57,7 @@ from cae_fast.training.run_setup import (
     diverged,
     kernel_backends,
     load_run_config,
+    micro_batch_size,
     sampling_plan,
     summary,
 )
@@ -165,19 +166,12 @@ def stopped(job: "Job", step: int, reason: str) -> int:
 
 def micro_batches(job: "Job") -> Generator[list[Batch], None, None]:
     """The micro-batches of every step left."""
-    loader = pretrain_loader(
-        job.index,
-        job.plan,
-        job.mask,
-        image_size=job.model.shape.image_size,
-        token_size=job.targets.token_size(job.model.encoder.grid),
+    loader = job.open_loader(
         start_step=job.start_step,
         stop_step=job.last_step,
-        rank=job.world.rank,
-        world_size=job.world.size,
-        micro_batch_size=job.config.train.global_batch_size // (job.world.size * job.engine.accumulation),
-        num_workers=resolve_num_workers(job.config.data.num_workers, job.world.core_share),
         pin_memory=job.device.type == "cuda",
+        decoder=job.config.data.backend,
+        device=job.device,
     )
     with closing(loader):
         for _ in range(job.start_step, job.last_step):
@@ -239,6 +233,7 @@ class Job:
     plan: SamplingPlan
     mask: Mask
     num_masked: int
+    open_loader: OpenLoader
     model: ContextAutoencoder
     engine: AnyEngine
     targets: Targets
@@ -291,23 +286,38 @@ def prepare(config: PretrainConfig, world: World, device: torch.device) -> Job:
     shape = resolve_model(config.model)
     config.model = replace(config.model, **asdict(shape))
     check_probe(config.probe)
-    accumulation = accumulation_steps(config.train, world.size)
     kernels = kernel_backends(device)
     log.info("kernels: %s (why not others: cae-fast doctor)", summary(kernels))
     targets = make_targets(config.target, shape.image_size, shape.patch_size, device)
     tokenizer_sha256 = file_sha256(config.target.tokenizer) if config.target.tokenizer else None
-    mask, num_masked = make_mask(config.mask, shape.image_size // shape.patch_size, config.train.seed)
+    grid, micro = shape.image_size // shape.patch_size, micro_batch_size(config.train, world.size)
+    mask, num_masked = make_mask(config.mask, grid, config.train.seed)
     state = world.on_main(lambda: newest_state(config))
     run_dir = Path(config.train.run_dir)
     index = world.main_first(lambda: index_for(config.data, run_dir))
     log.info("data: %s", index)
     plan = sampling_plan(config, index)
+    open_loader = partial(
+        pretrain_loader,
+        index,
+        plan,
+        mask,
+        image_size=shape.image_size,
+        token_size=targets.token_size(grid),
+        rank=world.rank,
+        world_size=world.size,
+        micro_batch_size=micro,
+        num_workers=resolve_num_workers(config.data.num_workers, world.core_share),
+    )
+    config.data.backend = world.on_main(
+        lambda: choose_backend(config.data.backend, first_backend(state), device, open_loader)
+    )
     torch.manual_seed(config.train.seed)
     model = make_model(config, targets)
     model.checkpoint_blocks(config.train.activation_checkpointing)
     if config.train.init_from and state is None:
         load_weights(model, config.train.init_from)
-    engine = make_engine(model, config, device, accumulation, world)
+    engine = make_engine(model, config, device, config.train.global_batch_size // (world.size * micro), world)
     start = 0 if state is None else resume(config, engine, state, index.fingerprint, tokenizer_sha256)
     if world.main:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -325,6 +335,7 @@ def prepare(config: PretrainConfig, world: World, device: torch.device) -> Job:
         plan,
         mask,
         num_masked,
+        open_loader,
         model,
         engine,
         targets,

@@ -225,7 +225,7 @@ class Decoder(nn.Module):
         """Features that the head reads. latents: (B, n, R); pos_embed: (N, R); ids: (B, n). Returns (B, n, R)."""
         if not self.blocks:
             return latents
-        return run_blocks(self.blocks, self.norm, latents + pos_embed[ids], keep, self.checkpointed)
+        return run_blocks(self.blocks, self.norm, latents + pos_embed[ids], keep, checkpointed=self.checkpointed)
 
 
 class ContextAutoencoder(nn.Module):

@@ -55,6 +55,8 @@ def sampling_plan(config: RunConfig, index: ImageIndex) -> SamplingPlan:
         data.crop_scale,
         data.crop_ratio,
         data.horizontal_flip,
+        data.shuffle,
+        index.shard_starts,
     )
 
 
@@ -93,8 +95,8 @@ def choose_device(train: TrainConfig, local_rank: int = 0) -> torch.device:
     return device
 
 
-def accumulation_steps(train: TrainConfig, processes: int = 1) -> int:
-    """Micro-batches of a process and step."""
+def micro_batch_size(train: TrainConfig, processes: int = 1) -> int:
+    """Images per forward pass of each of these processes."""
     total, micro = train.global_batch_size, train.micro_batch_size
     micro = total // processes if micro is None else micro
     if total < 1 or micro < 1 or total % (micro * processes):
@@ -102,7 +104,7 @@ def accumulation_steps(train: TrainConfig, processes: int = 1) -> int:
             f"train.global_batch_size is {total} and train.micro_batch_size {micro}: the first must be a multiple of "
             f"the second" + (f" times the {processes} processes" if processes > 1 else "") + ", both at least 1"
         )
-    return total // (micro * processes)
+    return micro
 
 
 def summary(kernels: dict[str, str]) -> str:
