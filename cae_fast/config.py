@@ -130,7 +130,7 @@ class TrainConfig:
     global_batch_size: int = 2048
     """Images per optimizer step over all processes and accumulation steps."""
     micro_batch_size: int | None = None
-    """Images per forward pass and process; empty: the global batch over the processes. Accumulation follows."""
+    """Most images per forward pass and process; empty: the global batch over the processes. Accumulation follows."""
     resume: str = "auto"
     """auto: continue when run_dir holds a checkpoint; never: refuse such a folder; force: with changed settings too."""
     init_from: str | None = None

@@ -98,7 +98,7 @@ def choose_device(train: TrainConfig, local_rank: int = 0) -> torch.device:
 def micro_batch_size(train: TrainConfig, processes: int = 1) -> int:
     """Images per forward pass of each of these processes."""
     total, micro = train.global_batch_size, train.micro_batch_size
-    micro = total // processes if micro is None else micro
+    micro = total // processes if micro is None else min(micro, total // processes)
     if total < 1 or micro < 1 or total % (micro * processes):
         raise UserError(
             f"train.global_batch_size is {total} and train.micro_batch_size {micro}: the first must be a multiple of "

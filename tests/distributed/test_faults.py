@@ -48,15 +48,15 @@ def torchrun(folder: Path, run: str, *settings: str, fault: str = "none:0:0", re
     )
 
 
+def outcomes(processes: list[subprocess.Popen]) -> list[tuple[int, str]]:
+    outputs = [process.communicate(timeout=240)[0] for process in processes]
+    return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
+
+
 def bare(folder: Path, run: str, fault: str, *settings: str) -> list[tuple[int, str]]:
     """(status, output) of two processes that no launcher looks after."""
     command = ["pretrain", "small.yaml", f"train.run_dir={run}", "train.zero=0", *settings]
     return outcomes(start_processes([FAULTY, *command], 2, folder, FAULT=fault))
-
-
-def outcomes(processes: list[subprocess.Popen]) -> list[tuple[int, str]]:
-    outputs = [process.communicate(timeout=240)[0] for process in processes]
-    return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
 
 
 @pytest.fixture(scope="module")
