@@ -50,6 +50,7 @@ from cae_fast.training.pictures import save_curves
 from cae_fast.training.resume import first_backend, load_weights, newest_state, resume
 from cae_fast.training.run_setup import (
     MAX_CONSECUTIVE_SKIPS,
+    STOPPED,
     add_settings,
     check_training,
     choose_device,
@@ -59,6 +60,7 @@ from cae_fast.training.run_setup import (
     load_run_config,
     micro_batch_size,
     sampling_plan,
+    stopped,
     summary,
 )
 from cae_fast.training.saving import Saver
@@ -66,7 +68,6 @@ from cae_fast.training.zero_engine import AnyEngine, make_engine, zero_stage
 from cae_kernels import block_mask, drop_path_scales, random_mask
 
 log = logging.getLogger(__name__)
-STOPPED = "stopped.json"
 GO_ON, STOP, STOP_DIVERGED = range(3)
 
 
@@ -137,6 +138,7 @@ def train(job: "Job", stop: StopRequest) -> int:
                 break
         if verdict != STOP_DIVERGED and saved != step:
             save(job, step, monitor)
+        world.on_main(job.saver.wait)
     if verdict == STOP_DIVERGED:
         return world.on_main(lambda: diverged(job.run_dir, step))
     if world.on_main(lambda: job.saver.failed):
@@ -145,7 +147,7 @@ def train(job: "Job", stop: StopRequest) -> int:
         )
         return 1
     if verdict == STOP and step < job.last_step:
-        return world.on_main(lambda: stopped(job, step, stop.requested or "a signal to another process"))
+        return world.on_main(lambda: stopped(job.run_dir, step, stop.requested or "a signal to another process"))
     inspection = job.inspection()
     return world.on_main(lambda: finish(job, inspection))
 
@@ -155,13 +157,6 @@ def own_verdict(monitor: Monitor | None, stop: StopRequest) -> int:
     if monitor is not None and monitor.consecutive_skips >= MAX_CONSECUTIVE_SKIPS:
         return STOP_DIVERGED
     return STOP if stop.requested else GO_ON
-
-
-def stopped(job: "Job", step: int, reason: str) -> int:
-    """Say so, also to scripts: launchers exit with 1 when they were told to stop, whatever the processes do."""
-    write_text(job.run_dir / STOPPED, json.dumps({"step": step, "reason": reason}))
-    log.info("stopped by %s after step %d; run the same command again to continue", reason, step)
-    return 0
 
 
 def micro_batches(job: "Job") -> Generator[list[Batch], None, None]:

@@ -21,11 +21,13 @@ from cae_fast.data.sampling import SamplingPlan
 from cae_fast.training.checkpoint import state_files, write_text
 from cae_fast.training.engine import PRECISIONS
 from cae_fast.training.optim import check_optim
+from cae_fast.training.saving import survive_disk
 from cae_kernels.dispatch import BACKENDS, backend
 
 log = logging.getLogger(__name__)
 MAX_CONSECUTIVE_SKIPS = 10
 DIVERGED = 3
+STOPPED = "stopped.json"
 
 
 def add_settings(parser: argparse.ArgumentParser, schema: type) -> None:
@@ -157,3 +159,10 @@ def diverged(run_dir: Path, step: int) -> int:
         run_dir / "metrics.jsonl",
     )
     return DIVERGED
+
+
+def stopped(run_dir: Path, step: int, reason: str) -> int:
+    """Say so, also to scripts: a launcher that was told to stop exits with 1, whatever its processes do."""
+    survive_disk(STOPPED, write_text, run_dir / STOPPED, json.dumps({"step": step, "reason": reason}))
+    log.info("stopped by %s after step %d; run the same command again to continue", reason, step)
+    return 0

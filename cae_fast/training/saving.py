@@ -1,6 +1,7 @@
-"""Checkpoints written in a thread while training goes on: a step waits for the copy to the host only."""
+"""Checkpoints written in a thread while training goes on, and writing that a full disk does not end."""
 
 import logging
+import os
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -13,6 +14,26 @@ from torch import Tensor
 from cae_fast.training.checkpoint import state_files
 
 log = logging.getLogger(__name__)
+
+
+def survive_disk(what: str, function: Callable[..., object], *args: object) -> None:
+    """function(*args); where the disk refuses, what it would have written is lost, with a warning."""
+    try:
+        function(*args)
+    except OSError as error:
+        log.warning("%s: could not be written: %s", what, error)
+
+
+def append(path: Path, text: str) -> None:
+    """Add all of the text to a file, or nothing."""
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError:
+        if path.exists():
+            os.truncate(path, size)
+        raise
 
 
 class Saver:

@@ -28,8 +28,8 @@ def happen(run_dir: Path) -> None:
         time.sleep(3600)
     elif kind == "term":
         os.kill(os.getpid(), signal.SIGTERM)
-    elif kind == "full":  # no file can grow beyond 20 kB
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+    elif kind == "full":  # what is there can be read, but nothing more be written
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1, resource.RLIM_INFINITY))
     elif kind == "remove":
         shutil.rmtree(run_dir)
     elif kind == "replace":

@@ -64,6 +64,8 @@ def two(tmp_path_factory) -> Runs:
     whole["accumulated2"] = {"zero": 2, "accumulation": 2, "steps": 5}
     whole |= {f"poisoned{stage}": {"zero": stage, "steps": 4, "poison": 2} for stage in STAGES}
     whole |= {f"offloaded{stage}": {"zero": stage, "steps": 5, "offload": True} for stage in (1, 3)}
+    overlap = str(ROOT / "configs/deepspeed/zero1_8xh100.json")
+    whole["shipped"] = {"zero": 1, **BF16, "overlay": overlap}
     whole |= {f"bf16_{stage}": {"zero": stage, **BF16} for stage in (0, 1, 2)}
     whole |= {f"half{stage}": {"zero": stage, **BF16, "steps": HALF} for stage in STAGES}
     loads = {"0to1": (0, 1), "1to2": (1, 2), "2to3": (2, 3), "3to0": (3, 0)}
@@ -113,6 +115,8 @@ def test_two_processes_are_one(one, two, name):
     losses, truth = two.losses(name), one.losses("plain")
     assert max(abs(a - b) for a, b in zip(losses, truth, strict=True)) < 1e-6 * max(truth)
     assert truth[-1] < 0.7 * truth[0]
+    # Clipping and Adam would hide a wrong scale from the losses.
+    assert two.result(name)["norms"] == pytest.approx(one.result("plain")["norms"], rel=1e-5)
     close(two.tensors(name), one.tensors("plain"))
     assert two.result(name, 0) == two.result(name, 1)
 
@@ -139,12 +143,14 @@ def test_bfloat16_accumulation_is_the_plain_engine_bit_for_bit(one):
 def test_bfloat16_of_two_processes_is_the_same_in_stages_1_and_2(two):
     assert two.result("bf16_1") == two.result("bf16_2")
     same(two.tensors("bf16_1"), two.tensors("bf16_2"))
+    same(two.tensors("bf16_1"), two.tensors("shipped"))
     assert two.losses("bf16_0") == pytest.approx(two.losses("bf16_1"), rel=1e-5)
 
 
 @pytest.mark.parametrize("stage", [0, 2])
 def test_accumulation_is_the_larger_batch(one, two, stage):
     assert two.losses(f"accumulated{stage}") == pytest.approx(one.losses("plain")[:5], rel=1e-6)
+    assert two.result(f"accumulated{stage}")["norms"] == pytest.approx(one.result("plain")["norms"][:5], rel=1e-5)
 
 
 @pytest.mark.parametrize("stage", STAGES)

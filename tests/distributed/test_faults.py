@@ -94,20 +94,21 @@ def test_a_launcher_that_restarts_ends_with_the_same_weights(workplace, uninterr
     assert_same_end(workplace / run, uninterrupted)
 
 
-@pytest.mark.parametrize(
-    ("kind", "statuses", "message"),
-    [
-        ("kill", (1, -signal.SIGKILL), "another process is gone"),
-        ("raise", (1, 1), "another process is gone"),
-        ("hang", (75, 75), "made no step for train.timeout_seconds=6"),
-    ],
-)
-def test_the_others_stop_without_a_launcher(workplace, kind, statuses, message):
+@pytest.mark.parametrize(("kind", "status"), [("kill", -signal.SIGKILL), ("raise", 1), ("hang", 75)])
+def test_the_others_stop_without_a_launcher(workplace, kind, status):
+    started = time.monotonic()
     ends = bare(workplace, f"runs/bare_{kind}", f"{kind}:1:{FAULT_AT}", "train.timeout_seconds=6")
-    assert tuple(status for status, _ in ends) == statuses, ends
-    assert message in ends[0][1]
-    if kind == "hang":
-        assert "time.sleep(3600)" in ends[1][1] or re.search(r"faulty_program.py.* in happen", ends[1][1])
+    assert ends[1][0] == status, ends
+    if kind != "hang":
+        assert ends[0][0] == 1
+        assert "process 0: another process is gone" in ends[0][1]
+        return
+    # Whose watchdog is first: the other may see the end of its connection before its own time is up.
+    assert ends[0][0] in (1, 75)
+    assert "another process is gone" in ends[0][1] or "Timed out" in ends[0][1] or "made no step" in ends[0][1]
+    assert "process 1 made no step for train.timeout_seconds=6" in ends[1][1]
+    assert re.search(r"faulty_program.py.* in happen", ends[1][1])  # where it hung
+    assert time.monotonic() - started < 120
 
 
 def test_one_process_told_to_stop_stops_all(workplace, uninterrupted):
@@ -146,7 +147,7 @@ def alone(workplace) -> Path:
 
 
 def faulty_alone(workplace: Path, run: Path, fault: str) -> tuple[int, str]:
-    command = [FAULTY, "pretrain", "small.yaml", f"train.run_dir={run}"]
+    command = [FAULTY, "pretrain", "small.yaml", f"train.run_dir={run}", "log.tensorboard=true"]
     return outcomes(start_processes(command, 1, workplace, FAULT=fault))[0]
 
 
@@ -157,7 +158,9 @@ def test_a_full_disk_keeps_the_last_checkpoint(workplace, alone):
     assert f"the checkpoint of step {2 * EPOCH} could not be written to {run}" in output
     assert "File too large" in output
     assert f"The last whole one is that of step {EPOCH}; going on" in output
-    assert metrics(run)[-1]["step"] == STEPS
+    assert "metrics.jsonl: could not be written" in output
+    assert "Traceback" not in output
+    assert [line["step"] for line in metrics(run)] == list(range(1, FAULT_AT + 1))
     assert [file.name for file in (run / "checkpoints").iterdir()] == [f"step_{EPOCH:08d}.safetensors"]
     output = Program("pretrain").finish(workplace, f"train.run_dir={run}")
     assert f"resumed from {run}/checkpoints/step_{EPOCH:08d}.safetensors" in output
