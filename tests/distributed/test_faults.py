@@ -159,7 +159,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(workplace, alone):
     assert "File too large" in output
     assert f"The last whole one is that of step {EPOCH}; going on" in output
     assert "metrics.jsonl: could not be written" in output
-    assert "Traceback" not in output
+    assert "tensorboard: could not be written" in output
     assert [line["step"] for line in metrics(run)] == list(range(1, FAULT_AT + 1))
     assert [file.name for file in (run / "checkpoints").iterdir()] == [f"step_{EPOCH:08d}.safetensors"]
     output = Program("pretrain").finish(workplace, f"train.run_dir={run}")
@@ -181,4 +181,4 @@ def test_a_folder_that_cannot_be_made_is_named(workplace):
     assert status == 1, output
     assert f"the checkpoint of step {2 * EPOCH} could not be written to {run}" in output
     assert "The last whole one is none" in output
-    assert "Traceback" not in output
+    assert f"stopped after step {STEPS}, which is not saved" in output
