@@ -315,12 +315,8 @@ def prepare(config: PretrainConfig, world: World, device: torch.device) -> Job:
     engine = make_engine(model, config, device, config.train.global_batch_size // (world.size * micro), world)
     start = 0 if state is None else resume(config, engine, state, index.fingerprint, tokenizer_sha256)
     if world.main:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(run_dir)
-        (run_dir / STOPPED).unlink(missing_ok=True)
-        describe(config, run_dir, device, kernels, world.size)
+        begin(config, run_dir, device, kernels, world.size)
     rates = torch.tensor(model.branch_rates(), device=device)  # (L,)
-    normalize = Normalize(config.data.mean, config.data.std, device)
     return Job(
         config,
         run_dir,
@@ -336,11 +332,18 @@ def prepare(config: PretrainConfig, world: World, device: torch.device) -> Job:
         targets,
         torch.compile(targets.encode) if config.target.compile else targets.encode,
         tokenizer_sha256,
-        normalize,
+        Normalize(config.data.mean, config.data.std, device),
         rates,
         start,
         Saver(run_dir),
     )
+
+
+def begin(config: PretrainConfig, run_dir: Path, device: torch.device, kernels: dict[str, str], processes: int) -> None:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(run_dir)
+    (run_dir / STOPPED).unlink(missing_ok=True)
+    describe(config, run_dir, device, kernels, processes)
 
 
 def check_probe(probe: ProbeConfig) -> None:
