@@ -316,7 +316,6 @@ def prepare(config: PretrainConfig, world: World, device: torch.device) -> Job:
     start = 0 if state is None else resume(config, engine, state, index.fingerprint, tokenizer_sha256)
     if world.main:
         begin(config, run_dir, device, kernels, world.size)
-    rates = torch.tensor(model.branch_rates(), device=device)  # (L,)
     return Job(
         config,
         run_dir,
@@ -333,7 +332,7 @@ def prepare(config: PretrainConfig, world: World, device: torch.device) -> Job:
         torch.compile(targets.encode) if config.target.compile else targets.encode,
         tokenizer_sha256,
         Normalize(config.data.mean, config.data.std, device),
-        rates,
+        torch.tensor(model.branch_rates(), device=device),  # (L,)
         start,
         Saver(run_dir),
     )
