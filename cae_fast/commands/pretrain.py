@@ -78,6 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     config = load_run_config(PretrainConfig, args)
     check_training(config)
+    check_probe(config.probe)
     world = read_world()
     device = choose_device(config.train, world.local_rank)
     alone = zero_stage(config.train, world) == 0
@@ -280,7 +281,6 @@ def prepare(config: PretrainConfig, world: World, device: torch.device) -> Job:
     """Open the data, build the model and load what the run folder holds; UserError for settings that do not fit."""
     shape = resolve_model(config.model)
     config.model = replace(config.model, **asdict(shape))
-    check_probe(config.probe)
     kernels = kernel_backends(device)
     log.info("kernels: %s (why not others: cae-fast doctor)", summary(kernels))
     targets = make_targets(config.target, shape.image_size, shape.patch_size, device)
