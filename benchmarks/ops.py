@@ -14,6 +14,7 @@ not), with inputs rotated past the L2 cache. `pytest benchmarks/bench_ops.py` sh
 # B batch, N patches, n tokens, D width, H heads, C head width, V codes.
 
 import argparse
+import math
 import os
 import statistics
 import sys
@@ -33,6 +34,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from cae_kernels import (
     alignment_loss,
     attention,
+    bias_relu,
+    bias_residual_relu,
     cross_attention,
     gather_tokens,
     layer_norm,
@@ -108,6 +111,7 @@ def cases(sizes: Sizes) -> Iterator[Case]:
     yield from norm_cases(sizes)
     yield from token_cases(sizes)
     yield from product_cases(sizes)
+    yield from convolution_cases(sizes)
 
 
 def attention_cases(s: Sizes) -> Iterator[Case]:
@@ -174,6 +178,21 @@ def product_cases(s: Sizes) -> Iterator[Case]:
     )
     head = [s.make(rows, 2048), s.make(s.codes, 2048), s.make(s.codes)]
     yield s.case("linear_argmax", linear_argmax, head, s.element * (rows + s.codes) * 2048)
+
+
+def convolution_cases(s: Sizes) -> Iterator[Case]:
+    """Between the convolutions of the tokenizer's first group, channels_last; x is overwritten."""
+    side, width = 8 * math.isqrt(s.patches), 256 if s.name != "tiny" else 32
+
+    def maps(channels: int) -> Tensor:
+        return s.make(s.batch, side, side, channels).permute(0, 3, 1, 2)  # (B, C, side, side)
+
+    hidden = [maps(width // 4), s.make(width // 4)]
+    yield s.case("bias_relu", bias_relu, hidden, 2 * hidden[0].nbytes)
+    block = [maps(width), s.make(width), maps(width)]
+    yield s.case("bias_relu", bias_residual_relu, block, 4 * block[0].nbytes, kind="residual")
+    pooled = partial(bias_residual_relu, pool=True)
+    yield s.case("bias_relu", pooled, block, 5 * block[0].nbytes // 2, kind="pooled")
 
 
 def backends(op: str, device: torch.device) -> list[str]:

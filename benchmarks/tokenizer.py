@@ -11,15 +11,18 @@ B batch, T side of the images, N positions, Nm masked.
 
 import argparse
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
+from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from cae_fast.models.dalle import DalleEncoder, DalleTokenizer, map_pixels
+from cae_kernels.dispatch import backend
 
 
 def main() -> None:
@@ -59,7 +62,10 @@ Encode = Callable[[Tensor, Tensor], Tensor]
 
 
 def variants(encoder: DalleEncoder, device: torch.device, compile: bool) -> list[tuple[str, Encode]]:
-    """(name, function of images and masked_ids), each with one thing more than the one before."""
+    """(name, function of images and masked_ids), each with one thing more than the one before.
+
+    `+ fused ...` is there where the kernel of bias_relu runs; in the rows before, torch makes these passes one by one.
+    """
 
     def all_logits(dtype: torch.dtype, memory_format: torch.memory_format) -> Encode:
         model = copied(encoder).to(dtype=dtype, memory_format=memory_format)  # type: ignore[call-overload]
@@ -77,10 +83,23 @@ def variants(encoder: DalleEncoder, device: torch.device, compile: bool) -> list
         rows.append(("float16", all_logits(best, torch.contiguous_format)))
     rows.append((f"{str(best).removeprefix('torch.')}, channels_last", all_logits(best, torch.channels_last)))
     rows.append(("+ last layer at masked positions only", DalleTokenizer(copied(encoder), None, device).encode))
+    rows = [(label, with_torch_passes(run)) for label, run in rows]
+    if backend("bias_relu", encoder.input.weight) == "triton":
+        rows.append(("+ fused bias, ReLU, residual, pooling", DalleTokenizer(copied(encoder), None, device).encode))
     if compile:
         tokenizer = DalleTokenizer(copied(encoder), None, device)
         rows.append(("+ torch.compile", torch.compile(tokenizer.encode)))
     return rows
+
+
+def with_torch_passes(run: Encode) -> Encode:
+    setting = f"{os.environ.get('CAE_KERNELS', '')},bias_relu=reference"
+
+    def plain(images: Tensor, masked_ids: Tensor) -> Tensor:
+        with mock.patch.dict(os.environ, CAE_KERNELS=setting):
+            return run(images, masked_ids)
+
+    return plain
 
 
 def copied(encoder: DalleEncoder) -> DalleEncoder:

@@ -8,6 +8,7 @@ B batch, S image side, G = S / 8 side of the grid, N = G^2 positions, Nm masked,
 
 import re
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from cae_fast.config import UserError
 from cae_fast.models.codes import masked_codes
+from cae_kernels import bias_relu, bias_residual_relu, conv2d_and_bias
 
 NUM_GROUPS = 4
 STRIDE = 8
@@ -22,8 +24,15 @@ LAPLACE_EPS = 0.1
 """Pixels in [0, 1] are mapped to [eps, 1 - eps] (arXiv 2102.12092, appendix A.3)."""
 
 
+Terms = tuple[Tensor, Tensor | None, Tensor | None]
+"""Output of a convolution, its bias where that is not in it yet, residual."""
+
+
 class ResidualBlock(nn.Module):
-    """shortcut(x) + four convolutions with a ReLU before each; hidden width: a quarter of the output."""
+    """shortcut(x) + four convolutions with a ReLU before each; hidden width: a quarter of the output.
+
+    The sum is left to the next block, which needs its ReLU too: one pass makes both.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_sizes: tuple[int, int, int, int]):
         super().__init__()
@@ -35,11 +44,24 @@ class ResidualBlock(nn.Module):
             for (before, after), kernel in zip(widths, kernel_sizes, strict=True)
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self.conv1(x.relu())
-        hidden = self.conv2(hidden.relu_())
-        hidden = self.conv3(hidden.relu_())
-        return self.conv4(hidden.relu_()).add_(self.shortcut(x))
+    def branch(self, hidden: Tensor) -> Tensor:
+        """ReLU of x (B, C, H, W) -> what the last convolution reads."""
+        for conv in (self.conv1, self.conv2, self.conv3):
+            hidden = bias_relu(*_convolve(conv, hidden))
+        return hidden
+
+    def forward(self, x: Tensor, hidden: Tensor) -> Terms:
+        """x (B, C, H, W) and its branch -> what bias_residual_relu adds up."""
+        out, bias = _convolve(self.conv4, hidden)
+        if isinstance(self.shortcut, nn.Conv2d):
+            x, shift = _convolve(self.shortcut, x)
+            if bias is not None and shift is not None:
+                bias = bias + shift
+        return out, bias, x
+
+
+def _convolve(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    return conv2d_and_bias(x, conv.weight, conv.bias, conv.padding)
 
 
 def _groups(widths: list[int], num_blocks: int, kernel_sizes: tuple[int, int, int, int]) -> nn.ModuleList:
@@ -50,6 +72,11 @@ def _groups(widths: list[int], num_blocks: int, kernel_sizes: tuple[int, int, in
         )
         for before, after in pairwise(widths)
     )
+
+
+def _blocks(groups: nn.ModuleList) -> list[tuple[Any, bool]]:
+    """All residual blocks, and whether the size of the grid changes before them."""
+    return [(block, i > 0 and j == 0) for i, group in enumerate(groups) for j, block in enumerate(group.children())]
 
 
 class DalleEncoder(nn.Module):
@@ -63,10 +90,16 @@ class DalleEncoder(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """What the last layer reads. x: (B, 3, S, S) in [0.1, 0.9]. Returns (B, 8 width, G, G)."""
-        x = self.input(x)
-        for i, group in enumerate(self.groups):
-            x = group(x if i == 0 else F.max_pool2d(x, 2))
-        return x.relu_()
+        out, bias = _convolve(self.input, x)
+        shortcut: Tensor | None = None
+        # ReLU commutes with max-pooling: sum, pooling and ReLU are one pass, which stores nothing of full size. The
+        # names are used again, or deleted, so that what has been read is freed before anything new is made.
+        for block, pool in _blocks(self.groups):
+            shortcut, hidden = bias_residual_relu(out, bias, shortcut, pool)
+            hidden = block.branch(hidden)
+            out, bias, shortcut = block(shortcut, hidden)
+            del hidden
+        return bias_relu(out, bias, shortcut)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, V, G, G) of mapped pixels (B, 3, S, S)."""
@@ -87,10 +120,13 @@ class DalleDecoder(nn.Module):
         assert self.input.bias is not None
         # A 1x1 convolution of one-hot vectors is a look-up.
         x = F.embedding(codes, self.input.weight.flatten(1).T) + self.input.bias  # (B, G, G, input_width)
-        x = x.permute(0, 3, 1, 2)
-        for i, group in enumerate(self.groups):
-            x = group(x if i == 0 else F.interpolate(x, scale_factor=2, mode="nearest"))
-        return self.output(x.relu_())
+        terms: Terms = x.permute(0, 3, 1, 2), None, None
+        for block, enlarge in _blocks(self.groups):
+            x, hidden = bias_residual_relu(*terms)
+            if enlarge:
+                x, hidden = (F.interpolate(part, scale_factor=2, mode="nearest") for part in (x, hidden))
+            terms = block(x, block.branch(hidden))
+        return self.output(bias_relu(*terms))
 
 
 def map_pixels(images: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from .adamw import adamw, adamw_state
 from .alignment_loss import alignment_loss
 from .attention import attention
+from .bias_relu import bias_relu, bias_residual_relu, conv2d_and_bias
 from .block_mask import block_mask, random_mask
 from .cross_attention import cross_attention
 from .gather_tokens import gather_tokens
@@ -19,7 +20,10 @@ __all__ = [
     "adamw_state",
     "alignment_loss",
     "attention",
+    "bias_relu",
+    "bias_residual_relu",
     "block_mask",
+    "conv2d_and_bias",
     "cross_attention",
     "drop_path_scales",
     "gather_tokens",

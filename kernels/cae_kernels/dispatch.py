@@ -21,6 +21,7 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     "adamw": ("triton", "reference", "apex"),
     "alignment_loss": ("triton", "reference"),
     "attention": ATTENTION,
+    "bias_relu": ("triton", "reference"),
     "block_mask": ("triton", "reference"),
     "cross_attention": ATTENTION,
     "gather_tokens": ("triton", "reference"),
