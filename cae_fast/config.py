@@ -77,9 +77,14 @@ class MaskConfig:
 @dataclass
 class DataConfig:
     path: str = ""
-    """A folder of images (nested or flat), or `bundled:NAME` for images that ship with the package."""
+    """A folder of images (nested or flat), tar files of images (a folder of them, a glob, a range as
+    shards/{000000..013999}.tar, or URLs that fsspec reads), or `bundled:NAME` for images that ship with the package."""
     index: str | None = None
-    """Index folder written by `cae-fast index`; empty: made on first use and kept beside the run folder."""
+    """Index folder written by `cae-fast index`; empty: made on first use and kept beside the run folder, and again
+    when a tar file or an entry of the folder's first two levels was added or removed."""
+    shuffle: str = "global"
+    """global (any image may follow any other; for fast disks), or shard (tar files only; for hard disks, networks and
+    object stores): a few tar files in random order are read at a time, each nearly from front to back."""
     crop_scale: list[float] = field(default_factory=lambda: [0.08, 1.0])
     """Share of the image's area that a random resized crop covers."""
     crop_ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])
@@ -89,6 +94,9 @@ class DataConfig:
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
     """Per-channel mean of the encoder's input, images in [0, 1]."""
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
+    backend: str = "auto"
+    """dali (NVIDIA DALI, on the GPU), cpu (libjpeg-turbo and torch), pil (Pillow alone, the reference) or auto: the
+    faster of dali and cpu, measured on the run's own images; a run keeps what it began with."""
     num_workers: int | None = None
     """Decoding processes per training process; empty: the cores left over, at most 12; 0: in the training process."""
     max_pixels: int = 100_000_000

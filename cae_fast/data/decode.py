@@ -1,9 +1,10 @@
 """Image files to pixels on the CPU: decode, crop, resize.
 
-JPEG goes through libjpeg-turbo with the accurate DCT and smooth chroma upsampling (equal to Pillow's pixels, without
-its overhead), everything else through Pillow. Resizing is torch's antialiased uint8 interpolation, which follows
-Pillow's filters: rows first, then columns, rounded in between, as Pillow did until 12 (Pillow 13 does the columns
-first where an image shrinks more in height than in width, which moves pixels by up to 0.3 gray levels on average).
+Decoder "cpu": JPEG goes through libjpeg-turbo with the accurate DCT and smooth chroma upsampling (equal to Pillow's
+pixels, without its overhead), everything else through Pillow. Resizing is torch's antialiased uint8 interpolation,
+which follows Pillow's filters: rows first, then columns, rounded in between, as Pillow did until 12 (Pillow 13 does the
+columns first where an image shrinks more in height than in width, which moves pixels by up to 0.3 gray levels on
+average). Decoder "pil", the reference, leaves everything to Pillow, as the original code does.
 
 Legend: H, W height and width in pixels.
 """
@@ -11,13 +12,14 @@ Legend: H, W height and width in pixels.
 import io
 import zlib
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import simplejpeg
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 # The limit on an image's size is data.max_pixels: the index leaves larger files out, and decode_rgb refuses a file
 # whose size is not the index's. Pillow's own fixed limit would refuse what a user allows.
@@ -32,13 +34,14 @@ TORCH_HAS_LANCZOS = hasattr(torch.ops.aten, "_upsample_lanczos2d_aa")
 PIL_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANCZOS}
 
 Pixels = NDArray[np.uint8]
+Decoder = Literal["cpu", "pil"]
 
 
 class DecodeError(ValueError):
     """An image file that cannot be used, with the reason."""
 
 
-def decode_rgb(data: bytes, size: tuple[int, int] | None = None) -> Pixels:
+def decode_rgb(data: bytes, size: tuple[int, int] | None = None, decoder: Decoder = "cpu") -> Pixels:
     """Decode JPEG, PNG, WebP or BMP bytes (also gzipped ones) to RGB pixels, uint8 (H, W, 3).
 
     Pixels are those of Pillow's convert("RGB"): gray is repeated, palettes are looked up, CMYK is converted, alpha is
@@ -48,7 +51,7 @@ def decode_rgb(data: bytes, size: tuple[int, int] | None = None) -> Pixels:
     """
     if data[:2] == GZIP_MAGIC:
         data = gunzip(data)
-    if data[:2] == b"\xff\xd8":
+    if decoder == "cpu" and data[:2] == b"\xff\xd8":
         return _decode_jpeg(data, size)
     return _decode_pil(data, size)
 
@@ -93,6 +96,8 @@ def _decode_pil(data: bytes, size: tuple[int, int] | None) -> Pixels:
             return np.array(image.convert("RGB"))
     except DecodeError:
         raise
+    except UnidentifiedImageError as error:
+        raise DecodeError("not an image, or one with a broken header") from error
     except Exception as error:  # Pillow's decoders raise any type: OSError, SyntaxError, ValueError, struct.error ...
         raise DecodeError(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
 
@@ -103,15 +108,21 @@ def _check_size(found: tuple[int, int], expected: tuple[int, int] | None) -> Non
 
 
 def resized_crop(
-    image: Pixels, box: Sequence[int] | NDArray[np.integer], flip: bool, size: int, filter: str
+    image: Pixels,
+    box: Sequence[int] | NDArray[np.integer],
+    flip: bool,
+    size: int,
+    filter: str,
+    decoder: Decoder = "cpu",
 ) -> torch.Tensor:
     """Crop to box (top, left, height, width), resize to a square, mirror if asked: uint8 (3, size, size).
 
     filter: "bicubic" or "lanczos", antialiased as Pillow does; on average within 0.05 gray levels of Pillow's
-    Image.crop().resize(), rows first.
+    Image.crop().resize(), rows first. Decoder "pil" is that call itself.
     """
     top, left, height, width = (int(edge) for edge in box)
-    view = resize(image[top : top + height, left : left + width], size, size, filter)
+    crop = image[top : top + height, left : left + width]
+    view = _resize_pil(crop, size, size, filter) if decoder == "pil" else resize(crop, size, size, filter)
     return view.flip(-1) if flip else view
 
 
@@ -119,20 +130,22 @@ def resize(image: Pixels, height: int, width: int, filter: str) -> torch.Tensor:
     """Resize uint8 (H, W, 3) to uint8 (3, height, width) with an antialiased filter, "bicubic" or "lanczos"."""
     image = np.ascontiguousarray(image)
     if filter == "lanczos" and not TORCH_HAS_LANCZOS:
-        return _resize_pil(image, height, width, filter)
+        rows = _resize_pil(image, len(image), width, filter).permute(1, 2, 0).numpy()
+        return _resize_pil(rows, height, width, filter)
     pixels = torch.from_numpy(image).permute(2, 0, 1)  # (3, H, W) over (H, W, 3) memory: torch's fast path
     return F.interpolate(pixels[None], size=(height, width), mode=filter, antialias=True)[0]
 
 
 def _resize_pil(image: Pixels, height: int, width: int, filter: str) -> torch.Tensor:
-    rows = Image.fromarray(image).resize((width, image.shape[0]), PIL_FILTERS[filter])
-    return torch.from_numpy(np.array(rows.resize((width, height), PIL_FILTERS[filter]))).permute(2, 0, 1)
+    resized = Image.fromarray(image).resize((width, height), PIL_FILTERS[filter])
+    return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
 
 
-def resize_and_center_crop(image: Pixels, size: int) -> torch.Tensor:
-    """Resize the shorter side to `size` (bicubic, the longer one in proportion), then the central square.
+def resize_and_center_crop(image: Pixels, size: int, crop_pct: float = 1.0) -> torch.Tensor:
+    """Resize the shorter side to size / crop_pct (bicubic, the longer one in proportion), then the central square.
 
-    uint8 (H, W, 3) to uint8 (3, size, size); an image that is size x size already stays as it is.
+    uint8 (H, W, 3) to uint8 (3, size, size). The usual evaluation has size 224 and crop_pct 224 / 256; with 1 an image
+    that is size x size already stays as it is.
     """
     height, width = image.shape[:2]
     short = min(height, width)
@@ -140,7 +153,8 @@ def resize_and_center_crop(image: Pixels, size: int) -> torch.Tensor:
     rows, columns = min(height, 8 * short), min(width, 8 * short)
     top, left = (height - rows) // 2, (width - columns) // 2
     image = image[top : top + rows, left : left + columns]
-    new_height, new_width = size * rows // short, size * columns // short
+    side = int(size / crop_pct)
+    new_height, new_width = side * rows // short, side * columns // short
     resized = resize(image, new_height, new_width, "bicubic")
     top, left = round((new_height - size) / 2), round((new_width - size) / 2)
     return resized[:, top : top + size, left : left + size]

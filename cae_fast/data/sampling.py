@@ -2,8 +2,9 @@
 
 Nothing here has a state, so a run resumes at any step and with any number of processes with the same batches.
 Image j of step s has the global position s * global_batch_size + j. The order of an epoch is a Feistel permutation
-keyed by (seed, epoch) (constant memory, no shuffled list); crops and flips are Philox4x32-10 numbers keyed by the
-seed and counted by (draw, low word of the position, stream, high word of the position).
+keyed by (seed, epoch) (constant memory, no shuffled list), of all images or of tar files (ShardOrder); crops and flips
+are Philox4x32-10 numbers keyed by the seed and counted by (draw, low word of the position, stream, high word of the
+position).
 
 Legend: n images, T tries, G global batch size.
 """
@@ -23,9 +24,15 @@ ORDER = 0
 CROP = 1
 FLIP = 2
 REPLACEMENT = 5
+AUGMENT = 6
+SHARD_START = 7
+SHARD_SPREAD = 8
 
 CROP_TRIES = 10
 FEISTEL_ROUNDS = 8
+WINDOW = 16  # tar files that are read at a time
+CHUNK = 64  # neighbouring images of a tar file that are shuffled among each other
+KEPT_WINDOWS = 4
 
 _WORD = 0xFFFFFFFF
 
@@ -94,6 +101,62 @@ def _mix(x: WordArray, key: np.uint64) -> WordArray:
     return x ^ (x >> np.uint64(31))
 
 
+class ShardOrder:
+    """The order of an epoch over tar files: shuffled, read WINDOW at a time, each nearly from front to back.
+
+    The images of a window are put in the order of their times in [0, 1): each tar file begins at a random image and
+    goes round once, evenly over the whole window, and within each CHUNK of it the times are random. So all images of
+    a window are mixed where the tar files hold at most CHUNK images, and where they hold more, about WINDOW * CHUNK
+    neighbours in time are. Memory: the starts of all tar files and the images of a few windows.
+
+    shard_starts: int64 (shards + 1,), the first image of each, then the number of images.
+    """
+
+    def __init__(self, shard_starts: IntArray, seed: int) -> None:
+        self.shard_starts, self.seed = np.array(shard_starts, np.int64), seed
+        self.epoch = -1  # that of what follows
+        self.shards: list[IntArray] = []
+        self.window_starts = np.zeros(1, np.int64)
+        self.windows: dict[int, IntArray] = {}
+
+    def sample_ids(self, places: IntArray, epoch: int) -> IntArray:
+        """The images at places of the epoch's order, int64 (n,); a bijection of range(number of images)."""
+        if epoch != self.epoch:
+            num_shards = len(self.shard_starts) - 1
+            order = permute(np.arange(num_shards), num_shards, self.seed, epoch)
+            self.shards = [order[i : i + WINDOW] for i in range(0, num_shards, WINDOW)]
+            sizes = np.add.reduceat(np.diff(self.shard_starts)[order], np.arange(0, num_shards, WINDOW))
+            self.window_starts = np.append(0, sizes.cumsum())
+            self.epoch, self.windows = epoch, {}
+        numbers = np.searchsorted(self.window_starts, places, side="right") - 1
+        sample_ids = np.empty_like(places)
+        for number in np.unique(numbers).tolist():
+            inside = numbers == number
+            sample_ids[inside] = self._window(number)[places[inside] - self.window_starts[number]]
+        return sample_ids
+
+    def _window(self, number: int) -> IntArray:
+        """The images of a window in the epoch's order."""
+        if number not in self.windows:
+            while len(self.windows) >= KEPT_WINDOWS:
+                del self.windows[next(iter(self.windows))]
+            self.windows[number] = self._order(self.shards[number])
+        return self.windows[number]
+
+    def _order(self, shards: IntArray) -> IntArray:
+        starts = self.shard_starts[shards]
+        sizes = self.shard_starts[shards + 1] - starts
+        words, *_ = _position_words(self.seed, self.epoch, shards, SHARD_START)
+        firsts = (words.astype(np.int64) * sizes) >> 32
+        turns = np.arange(sizes.sum()) - np.repeat(sizes.cumsum() - sizes, sizes)  # when its tar file reads an image
+        starts, firsts, sizes = (np.repeat(values, sizes) for values in (starts, firsts, sizes))
+        sample_ids = starts + (firsts + turns) % sizes
+        words, *_ = _position_words(self.seed, self.epoch, sample_ids, SHARD_SPREAD)
+        chunks = turns - turns % CHUNK
+        times = (chunks + words * 2.0**-32 * np.minimum(CHUNK, sizes - chunks)) / sizes
+        return sample_ids[np.argsort(times, kind="stable")]
+
+
 @dataclass
 class SamplePlan:
     """What to read for n images of one step."""
@@ -112,8 +175,9 @@ class SamplingPlan:
     """The sampling plan of a run.
 
     heights and widths are integer arrays of num_samples pixels (memory maps are welcome: only the drawn entries are
-    read). An epoch is num_samples // global_batch_size steps; the images at the end of its permutation that do not
-    fill a batch are left out of that epoch. Raises UserError for settings out of range.
+    read). An epoch is num_samples // global_batch_size steps; the images at the end of its order that do not fill a
+    batch are left out of that epoch. shuffle: "global", or "shard" with shard_starts, the first image of each tar
+    file (ShardOrder). Raises UserError for settings out of range.
     """
 
     def __init__(
@@ -126,6 +190,8 @@ class SamplingPlan:
         crop_scale: Sequence[float],
         crop_ratio: Sequence[float],
         horizontal_flip: float,
+        shuffle: str = "global",
+        shard_starts: IntArray | None = None,
     ) -> None:
         if not 0 < global_batch_size <= num_samples:
             raise UserError(
@@ -137,7 +203,12 @@ class SamplingPlan:
             raise UserError(f"data.crop_ratio={list(crop_ratio)}: must be two ratios, 0 < low <= high")
         if not 0 <= horizontal_flip <= 1:
             raise UserError(f"data.horizontal_flip={horizontal_flip}: must be a probability between 0 and 1")
+        if shuffle not in ("global", "shard"):
+            raise UserError(f"data.shuffle={shuffle}: must be global or shard")
+        if shuffle == "shard" and shard_starts is None:
+            raise UserError("data.shuffle=shard: the images are in a folder, not in tar files; set data.shuffle=global")
         self.num_samples = num_samples
+        self.shard_order = ShardOrder(shard_starts, seed) if shuffle == "shard" and shard_starts is not None else None
         self.heights = np.asarray(heights)
         self.widths = np.asarray(widths)
         self.global_batch_size = global_batch_size
@@ -156,7 +227,7 @@ class SamplingPlan:
             raise ValueError(f"step {step}, images {start}..{stop}: outside a global batch of {self.global_batch_size}")
         epoch, first = self._place(step * self.global_batch_size)
         positions = step * self.global_batch_size + np.arange(start, stop, dtype=np.int64)
-        sample_ids = permute(first + np.arange(start, stop, dtype=np.int64), self.num_samples, self.seed, epoch)
+        sample_ids = self._sample_ids(first + np.arange(start, stop, dtype=np.int64), epoch)
         words, *_ = _position_words(self.seed, 0, positions, FLIP)
         flips = words < self.horizontal_flip * 2.0**32
         return SamplePlan(positions, sample_ids, self.boxes(positions, sample_ids), flips)
@@ -164,7 +235,7 @@ class SamplingPlan:
     def replacement(self, position: int, attempt: int) -> int:
         """The substitute for the image at a position whose file cannot be used; attempt counts from 1.
 
-        It is another image of the same epoch's permutation, at a pseudo-random distance; the attempts
+        It is another image of the same epoch's order, at a pseudo-random distance; the attempts
         1..num_samples - 1 are all different and none is the image itself.
         """
         epoch, place = self._place(position)
@@ -172,10 +243,20 @@ class SamplingPlan:
         word, *_ = _position_words(self.seed, 0, np.array([position]), REPLACEMENT)
         distance = 1 + (int(word[0]) + attempt - 1) % others
         place = (place + distance) % self.num_samples
-        return int(permute(np.array([place]), self.num_samples, self.seed, epoch)[0])
+        return int(self._sample_ids(np.array([place]), epoch)[0])
+
+    def _sample_ids(self, places: IntArray, epoch: int) -> IntArray:
+        if self.shard_order is not None:
+            return self.shard_order.sample_ids(places, epoch)
+        return permute(places, self.num_samples, self.seed, epoch)
+
+    def augment_seed(self, position: int) -> int:
+        """The seed, below 2**32, of whatever else is random about the image at a position."""
+        word, *_ = _position_words(self.seed, 0, np.array([position]), AUGMENT)
+        return int(word[0])
 
     def _place(self, position: int) -> tuple[int, int]:
-        """(epoch, place in the epoch's permutation) of a global position."""
+        """(epoch, place in the epoch's order) of a global position."""
         step, image = divmod(position, self.global_batch_size)
         epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
         return epoch, step_of_epoch * self.global_batch_size + image

@@ -55,6 +55,8 @@ def sampling_plan(config: RunConfig, index: ImageIndex) -> SamplingPlan:
         data.crop_scale,
         data.crop_ratio,
         data.horizontal_flip,
+        data.shuffle,
+        index.shard_starts,
     )
 
 

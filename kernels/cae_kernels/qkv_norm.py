@@ -164,13 +164,14 @@ def _save(ctx, inputs, output):
 
 
 def _gradients(backward, ctx, d_x_new, *grads):
-    x, branch, gamma, _, _, _, weight_q, *_ = ctx.saved_tensors
+    saved = ctx.saved_tensors  # read once: activation checkpointing gives each of them once
+    x, branch, gamma, _, _, _, weight_q, *_ = saved
     d_q, d_k, d_v = (
         x.new_zeros(x.shape, dtype=ctx.normed_dtype) if grad is None and used else grad
         for grad, used in zip(grads, (weight_q is not None, True, True), strict=True)
     )
     d_q = None if weight_q is None else d_q  # of the empty tensor that stands for no queries
-    d_x, d_branch, sums = backward(d_x_new if branch is not None else None, d_q, d_k, d_v, *ctx.saved_tensors)
+    d_x, d_branch, sums = backward(d_x_new if branch is not None else None, d_q, d_k, d_v, *saved)
     d_norms = (None, None, *sums[:4]) if weight_q is None else (*sums[4:6], *sums[:4])
     if branch is None:
         return d_x, None, None, None, None, None, *d_norms, None

@@ -260,10 +260,11 @@ def _save(ctx, inputs, output):
 
 
 def _gradients(backward, ctx, d_x_new, d_normed):
-    x, branch, gamma, *_ = ctx.saved_tensors
+    saved = ctx.saved_tensors  # read once: activation checkpointing gives each of them once
+    x, branch, gamma, *_ = saved
     if d_normed is None:
         d_normed = x.new_zeros(x.shape, dtype=ctx.normed_dtype)
-    d_x, d_branch, sums = backward(d_x_new if branch is not None else None, d_normed, *ctx.saved_tensors)
+    d_x, d_branch, sums = backward(d_x_new if branch is not None else None, d_normed, *saved)
     if branch is None:
         return d_x, None, None, None, sums[0], sums[1], None
     return d_x, d_branch, sums[2].to(gamma.dtype), None, sums[0], sums[1], None

@@ -1,6 +1,4 @@
 import gzip
-import io
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -11,64 +9,28 @@ from PIL import Image
 import cae_fast.data
 from cae_fast.data import decode
 from cae_fast.data.decode import DecodeError, decode_rgb, resize, resize_and_center_crop, resized_crop
+from data_files import good_files, pillow_pixels
 
 BUNDLED = sorted((Path(cae_fast.data.__file__).parent / "bundled" / "photographs").glob("*.jpg"))
 PIL_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANCZOS}
 
 
-def pil_rgb(data):
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Palette images with Transparency")
-        return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-
-
-def files(photograph, encode):
-    """Every kind of file that Pillow's convert("RGB") defines the pixels of."""
-    image = Image.fromarray(photograph(120, 91))
-    rotated = Image.Exif()
-    rotated[0x0112] = 6
-    alpha = image.copy()
-    alpha.putalpha(image.convert("L"))
-    palette = image.quantize(64)
-    return {
-        "jpeg 4:2:0": encode(image, "JPEG", quality=90, subsampling="4:2:0"),
-        "jpeg 4:2:2": encode(image, "JPEG", quality=70, subsampling="4:2:2"),
-        "jpeg 4:4:4": encode(image, "JPEG", quality=95, subsampling="4:4:4"),
-        "jpeg progressive": encode(image, "JPEG", progressive=True),
-        "jpeg gray": encode(image.convert("L"), "JPEG"),
-        "jpeg cmyk": encode(image.convert("CMYK"), "JPEG"),
-        "jpeg exif": encode(image, "JPEG", exif=rotated),
-        "jpeg garbage behind": encode(image, "JPEG") + b"garbage" * 100,
-        "png rgb": encode(image, "PNG"),
-        "png gray": encode(image.convert("L"), "PNG"),
-        "png gray alpha": encode(alpha.convert("LA"), "PNG"),
-        "png 1 bit": encode(image.convert("1"), "PNG"),
-        "png palette": encode(palette, "PNG"),
-        "png palette transparent": encode(palette, "PNG", transparency=3),
-        "png palette alphas": encode(palette, "PNG", transparency=bytes(range(64))),
-        "png rgba": encode(alpha, "PNG"),
-        "png exif": encode(image, "PNG", exif=rotated),
-        "webp": encode(image, "WEBP", quality=80),
-        "webp lossless alpha": encode(alpha, "WEBP", lossless=True),
-        "bmp": encode(image, "BMP"),
-        "bmp palette": encode(palette, "BMP"),
-    }
-
-
-def test_pixels_equal_pillow(photograph, encode):
-    for kind, data in files(photograph, encode).items():
-        pixels = decode_rgb(data)
+@pytest.mark.parametrize("decoder", ["cpu", "pil"])
+def test_pixels_equal_pillow(decoder):
+    for kind, data in good_files(120, 91).items():
+        pixels = decode_rgb(data, decoder=decoder)
         assert pixels.shape == (120, 91, 3), kind
         assert pixels.dtype == np.uint8, kind
-        assert np.array_equal(pixels, pil_rgb(data)), kind
-        assert np.array_equal(decode_rgb(data, (120, 91)), pixels), kind
-        assert np.array_equal(decode_rgb(gzip.compress(data)), pixels), kind
+        assert np.array_equal(pixels, pillow_pixels(data)), kind
+        assert np.array_equal(decode_rgb(data, (120, 91), decoder), pixels), kind
+        if "zipped" not in kind:
+            assert np.array_equal(decode_rgb(gzip.compress(data), decoder=decoder), pixels), kind
 
 
 @pytest.mark.parametrize("path", BUNDLED, ids=lambda path: path.stem)
 def test_photographs_equal_pillow(path):
     data = path.read_bytes()
-    assert np.array_equal(decode_rgb(data), pil_rgb(data))
+    assert np.array_equal(decode_rgb(data), pillow_pixels(data))
 
 
 def test_16_bit_gray_keeps_its_upper_8_bits(encode):
@@ -83,10 +45,10 @@ def test_one_pixel(encode):
         assert decode_rgb(data).tolist() == [[[9, 8, 7]]]
 
 
-def test_truncated_files_fail_wherever_they_are_cut(photograph, encode):
-    for kind, data in files(photograph, encode).items():
-        if kind == "jpeg garbage behind":
-            continue
+def test_truncated_files_fail_wherever_they_are_cut():
+    for kind, data in good_files(120, 91).items():
+        if kind in ("garbage behind.jpg", "two pictures.jpg", "animated.png", "animated.webp"):
+            continue  # the first picture ends before the file
         for share in (0.02, 0.3, 0.6, 0.97):
             cut = data[: int(share * len(data))]
             with pytest.raises(DecodeError):
@@ -108,7 +70,7 @@ def test_jpeg_with_a_gap_fails(photograph, encode):
     # Pillow fills what is missing with gray in silence when an end mark follows.
     data = encode(photograph(200, 300), "JPEG", quality=90)
     ended = data[: len(data) // 2] + b"\xff\xd9"
-    assert pil_rgb(ended).shape == (200, 300, 3)
+    assert pillow_pixels(ended).shape == (200, 300, 3)
     with pytest.raises(DecodeError, match="truncated"):
         decode_rgb(ended)
 
@@ -195,6 +157,16 @@ def test_one_call_of_pillow_gives_nearly_the_same(photograph):
             assert np.abs(ours - expected).max() <= 2
 
 
+def test_the_pil_decoder_is_one_call_of_pillow(photograph):
+    image = photograph(375, 500)
+    for top, left, height, width in random_boxes(375, 500, 6, 2):
+        crop = Image.fromarray(image).crop((left, top, left + width, top + height))
+        for size, filter in ((224, "bicubic"), (112, "lanczos")):
+            expected = crop.resize((size, size), PIL_FILTERS[filter]).transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            view = resized_crop(image, (top, left, height, width), True, size, filter, "pil")
+            assert np.array_equal(view.permute(1, 2, 0), expected)
+
+
 def test_lanczos_without_torch_is_pillows(photograph, monkeypatch):
     image = photograph(200, 300)
     monkeypatch.setattr(decode, "TORCH_HAS_LANCZOS", False)
@@ -223,13 +195,15 @@ def test_unknown_filter(photograph):
 
 
 @pytest.mark.parametrize(("height", "width"), [(375, 500), (500, 375), (64, 64), (40, 90), (333, 500)])
-def test_center_crop_is_pillows(photograph, height, width):
+@pytest.mark.parametrize("crop_pct", [1.0, 224 / 256])
+def test_center_crop_is_pillows(photograph, height, width, crop_pct):
+    # torchvision's Resize(int(96 / crop_pct), BICUBIC) and CenterCrop(96), by their definition.
     image = photograph(height, width)
-    short = min(height, width)
-    new_height, new_width = int(96 * height / short), int(96 * width / short)
+    short, side = min(height, width), int(96 / crop_pct)
+    new_height, new_width = int(side * height / short), int(side * width / short)
     top, left = round((new_height - 96) / 2), round((new_width - 96) / 2)
     expected = pil_resized(image, new_height, new_width, "bicubic")[top : top + 96, left : left + 96]
-    ours = resize_and_center_crop(image, 96).permute(1, 2, 0).numpy()
+    ours = resize_and_center_crop(image, 96, crop_pct).permute(1, 2, 0).numpy()
     assert np.abs(ours - expected).mean() < 0.05
 
 

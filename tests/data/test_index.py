@@ -1,96 +1,19 @@
-import gzip
 import json
 import os
 import pickle
-import struct
 import subprocess
 import sys
-import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from cae_fast.config import DataConfig, UserError
-from cae_fast.data import index as index_module
+from cae_fast.data import scan as scan_module
 from cae_fast.data.decode import decode_rgb
 from cae_fast.data.index import build_index, index_for, open_index, resolve_data_path
+from data_files import bad_files, good_files
 
 MAX_PIXELS = 1_000_000
-
-
-def png_header(width, height):
-    """A PNG that claims a size and holds almost no data."""
-
-    def chunk(name, content):
-        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
-
-
-def good_files(photograph, encode):
-    pixels = photograph(40, 60)
-    image = Image.fromarray(pixels)
-    rotated = Image.Exif()
-    rotated[0x0112] = 6
-    thumbnail = b"Exif\x00\x00" + encode(photograph(16, 16), "JPEG")
-    alpha = image.copy()
-    alpha.putalpha(128)
-    return {
-        "rgb.jpg": encode(image, "JPEG"),
-        "gray.jpeg": encode(image.convert("L"), "JPEG"),
-        "cmyk.JPG": encode(image.convert("CMYK"), "JPEG"),
-        "progressive.JPEG": encode(image, "JPEG", progressive=True),
-        "exif.jpg": encode(image, "JPEG", exif=rotated),
-        "thumbnail.jpg": encode(image, "JPEG", exif=thumbnail),
-        "garbage behind.jpg": encode(image, "JPEG") + b"\r\n" * 50,
-        "rgb.png": encode(image, "PNG"),
-        "palette.png": encode(image.quantize(16), "PNG"),
-        "gray.Png": encode(image.convert("L"), "PNG"),
-        "gray16.png": encode(Image.fromarray(np.arange(2400, dtype=np.uint16).reshape(40, 60)), "PNG"),
-        "rgba.png": encode(alpha, "PNG"),
-        "lossy.webp": encode(image, "WEBP"),
-        "lossless.webp": encode(alpha, "WEBP", lossless=True),
-        "rgb.bmp": encode(image, "BMP"),
-        "really a jpeg.png": encode(image, "JPEG"),
-        "really a png.jpg": encode(image, "PNG"),
-        "zipped.jpg": gzip.compress(encode(image, "JPEG")),
-        "tab\tand\nnewline \\ .jpg": encode(image, "JPEG"),
-        "grün 雪 🦆.jpg": encode(image, "JPEG"),
-        os.fsdecode(b"not utf-8 \xff\xfe.jpg"): encode(image, "JPEG"),
-    }
-
-
-def bad_files(photograph, encode):
-    """{name: (bytes, a part of the reason)}."""
-    image = photograph(200, 300)
-    files = {format: encode(image, format) for format in ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")}
-    jpeg = files["JPEG"]
-    thumbnail = encode(image, "JPEG", exif=b"Exif\x00\x00" + encode(photograph(16, 16), "JPEG"))
-    return {
-        "empty.jpg": (b"", "empty"),
-        "page.jpg": (b"\n<!DOCTYPE html><html>404</html>", "HTML"),
-        "noise.png": (bytes(range(256)), "unknown"),
-        "animation.jpg": (files["GIF"], "GIF"),
-        "scan.png": (files["TIFF"], "TIFF"),
-        "cut.jpg": (jpeg[: len(jpeg) // 2], "truncated"),
-        "last byte missing.jpg": (jpeg[:-1], "truncated"),
-        "cut in the header.jpg": (jpeg[:100], "JPEG"),
-        "only a mark.jpg": (jpeg[:4], "JPEG"),
-        "zero tail.jpg": (jpeg[:-5000] + bytes(5000), "truncated"),
-        "long zero tail.jpg": (jpeg + bytes(70_000), "truncated"),
-        "thumbnail complete.jpg": (thumbnail[:-500], "truncated"),
-        "cut.png": (files["PNG"][: len(files["PNG"]) // 2], "truncated"),
-        "cut in the header.png": (files["PNG"][:20], "PNG"),
-        "cut.webp": (files["WEBP"][:-100], "truncated"),
-        "cut.bmp": (files["BMP"][:-100], "truncated"),
-        "zipped cut.jpg": (gzip.compress(jpeg)[:-50], "gzip"),
-        "zipped page.jpg": (gzip.compress(b"<html>"), "HTML"),
-        "absurd.png": (png_header(2**31 - 1, 2**31 - 1), "data.max_pixels"),
-        "large.png": (png_header(1001, 1000), "1001 x 1000 pixels are more than data.max_pixels=1000000"),
-        "strange\t\n.jpg": (b"", "empty"),
-    }
 
 
 def write(folder, files):
@@ -112,8 +35,8 @@ def two_images(tmp_path, encode, photograph):
     return tmp_path / "images"
 
 
-def test_good_files(tmp_path, photograph, encode):
-    files = good_files(photograph, encode)
+def test_good_files(tmp_path):
+    files = good_files(40, 60)
     write(tmp_path / "images", files | {"notes.txt": b"no image", "table.csv": b"", "jpg": b"no extension"})
     index = build_index(tmp_path / "images", tmp_path / "x.index", MAX_PIXELS)
     assert read_bad(index) == {}
@@ -131,7 +54,7 @@ def test_good_files(tmp_path, photograph, encode):
 
 
 def test_bad_files(tmp_path, photograph, encode):
-    bad = bad_files(photograph, encode)
+    bad = bad_files()
     write(tmp_path / "images", {name: content for name, (content, _) in bad.items()})
     write(tmp_path / "images", {"good.png": encode(photograph(1000, 1000), "PNG")})
     (tmp_path / "images" / "dangling.jpg").symlink_to(tmp_path / "nowhere.jpg")
@@ -176,7 +99,7 @@ def test_read_errors_are_listed(two_images, tmp_path, monkeypatch):
             raise PermissionError(13, "Permission denied")
         return open(path, *arguments, **options)
 
-    monkeypatch.setattr(index_module, "open", failing_open, raising=False)
+    monkeypatch.setattr(scan_module, "open", failing_open, raising=False)
     index = build_index(two_images, tmp_path / "x.index", MAX_PIXELS)
     assert read_bad(index) == {"0.png": "cannot be read: Permission denied"}
 
@@ -187,7 +110,7 @@ def test_classes_are_the_first_folders(tmp_path, photograph, encode):
     write(tmp_path / "images", dict.fromkeys(names, content) | {"only bad/0.png": b"", "no images/readme": b""})
     index = build_index(tmp_path / "images", tmp_path / "x.index", MAX_PIXELS)
     assert index.classes == ["10", "9", "a", "b", "only bad"]
-    labelled = {str(index.path(i).relative_to(index.root)): int(index.labels[i]) for i in range(len(index))}
+    labelled = {str(index.path(i).relative_to(index.source)): int(index.labels[i]) for i in range(len(index))}
     expected = {"10/x.png": 0, "9/x.png": 1, "a/9.png": 2, "b/1.png": 3, "b/deep/er/2.png": 3, "top.png": -1}
     assert labelled == expected
     assert list(labelled) == list(expected)
@@ -202,7 +125,7 @@ def test_linked_folders_and_loops(tmp_path, photograph, encode):
     (tmp_path / "elsewhere" / "deep" / "loop").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "images" / "z.png").symlink_to(tmp_path / "images" / "a" / "1.png")
     index = build_index(tmp_path / "images", tmp_path / "x.index", MAX_PIXELS)
-    names = [str(index.path(i).relative_to(index.root)) for i in range(len(index))]
+    names = [str(index.path(i).relative_to(index.source)) for i in range(len(index))]
     assert names == ["a/1.png", "linked/2.png", "linked/deep/3.png", "z.png"]
 
 
@@ -211,7 +134,7 @@ def test_the_same_files_give_the_same_index(tmp_path, photograph, encode, monkey
     content = {name: encode(photograph(8, 9, i), "PNG") for i, name in enumerate(names)}
     write(tmp_path / "one", content)
     write(tmp_path / "two", dict(reversed(content.items())))
-    monkeypatch.setattr(index_module, "BLOCK", 4)
+    monkeypatch.setattr(scan_module, "BLOCK", 4)
     one = build_index(tmp_path / "one", tmp_path / "one.index", MAX_PIXELS, num_threads=4)
     two = build_index(tmp_path / "two", tmp_path / "two.index", MAX_PIXELS, num_threads=1)
     assert one.fingerprint == two.fingerprint
@@ -270,7 +193,7 @@ def test_an_interrupted_scan_leaves_nothing(two_images, tmp_path, monkeypatch):
     def interrupt(path, max_pixels):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(index_module, "inspect_file", interrupt)
+    monkeypatch.setattr(scan_module, "inspect_file", interrupt)
     with pytest.raises(KeyboardInterrupt):
         build_index(two_images, tmp_path / "x.index", MAX_PIXELS)
     assert [path.name for path in tmp_path.iterdir()] == ["images"]
@@ -323,6 +246,19 @@ def test_index_for_a_run_is_made_once(two_images, tmp_path):
     given = index_for(DataConfig(path="ignored", index=str(first.folder)), tmp_path / "elsewhere" / "run")
     assert given.folder == first.folder
     assert not (tmp_path / "elsewhere").exists()
+
+
+def test_index_for_a_folder_that_grew(tmp_path, encode, photograph):
+    content = encode(photograph(5, 5), "PNG")
+    write(tmp_path / "images", {"a/0.png": content, "b/0.png": content})
+    data, run = DataConfig(path=str(tmp_path / "images")), tmp_path / "runs" / "one"
+    first = index_for(data, run)
+    for count, name in enumerate(("a/1.png", "c/0.png", "top.png"), start=3):
+        write(tmp_path / "images", {name: content})
+        assert len(index_for(data, run)) == count
+    (tmp_path / "images" / "b" / "0.png").unlink()
+    assert len(index_for(data, run)) == 4
+    assert len(open_index(first.folder)) == len(first) == 2  # it may be another run's
 
 
 def test_index_for_a_relative_folder(two_images, tmp_path, monkeypatch):

@@ -1,4 +1,7 @@
 import argparse
+import io
+import tarfile
+from pathlib import Path
 
 import pytest
 
@@ -37,3 +40,29 @@ def test_command(tmp_path, photograph, encode, monkeypatch, capsys):
     (tmp_path / "here" / "taken.index").mkdir()
     with pytest.raises(UserError, match="exists and is not an index"):
         run_command("../set", "--out", "taken.index")
+
+
+def test_tar_files(tmp_path, photograph, encode, monkeypatch, capsys):
+    content = encode(photograph(8, 8), "PNG")
+    monkeypatch.chdir(tmp_path)
+    for i in range(3):
+        Path("shards").mkdir(exist_ok=True)
+        with tarfile.open(f"shards/{i:03d}.tar", "w") as tar:
+            for name, data in {"a.png": content, "a.cls": b"%d" % i, "b.png": content, "bad.png": b""}.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    assert run_command("shards/{000..002}.tar") == 0
+    printed = capsys.readouterr().out
+    assert f"shards.index: 6 images, {6 * len(content):,} bytes" in printed
+    assert "classes: 3, of 1 to 1 images" in printed
+    assert "bad files: 3" in printed
+    assert "(3 tar files)" in printed
+    index = open_index("shards.index")
+    assert index.labels.tolist() == [0, -1, 1, -1, 2, -1]
+    assert run_command("shards/000.tar", "shards/002.tar", "--out", "two.index") == 0  # as a shell expands a glob
+    assert len(open_index("two.index")) == 4
+    with pytest.raises(UserError, match="shards/003.tar: there is no such tar file"):
+        run_command("shards/{000..003}.tar")
+    with pytest.raises(UserError, match="nowhere is not a folder of images and no tar file"):
+        run_command("nowhere")

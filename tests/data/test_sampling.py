@@ -1,11 +1,12 @@
 import math
+import pickle
 
 import numpy as np
 import pytest
 from scipy import stats
 
 from cae_fast.config import UserError
-from cae_fast.data.sampling import SamplingPlan, permute, philox4x32
+from cae_fast.data.sampling import CHUNK, WINDOW, SamplingPlan, ShardOrder, permute, philox4x32
 
 # Random123's known-answer file (kat_vectors), philox4x32 with 10 rounds: counter, key, result.
 KNOWN_ANSWERS = [
@@ -257,3 +258,143 @@ def test_settings_out_of_range(settings, names):
 def test_images_outside_the_batch(step, start, stop):
     with pytest.raises(ValueError, match="outside"):
         make_plan().draw(step, start, stop)
+
+
+SHARD_SIZES = {
+    "equal": [1000] * 40,
+    "uneven": [1, 0, 3000, 5, 64, 65, 700, 0, 0, 1300, 2, 128] * 5,
+    "few": [500, 300],
+    "one": [1000],
+    "tiny": [1] * 300,
+}
+
+
+def shard_starts(sizes):
+    return np.append(0, np.cumsum(sizes))
+
+
+def shard_plan(sizes, batch=64, seed=5):
+    random = np.random.default_rng(0)
+    heights, widths = random.integers(1, 800, (2, sum(sizes))).astype(np.int32)
+    return SamplingPlan(
+        sum(sizes), heights, widths, batch, seed, SCALE, RATIO, 0.5, shuffle="shard", shard_starts=shard_starts(sizes)
+    )
+
+
+@pytest.mark.parametrize("sizes", SHARD_SIZES.values(), ids=SHARD_SIZES)
+def test_shard_order_is_a_bijection(sizes):
+    n = sum(sizes)
+    for epoch in (0, 1, 2**33):
+        order = ShardOrder(shard_starts(sizes), seed=3).sample_ids(np.arange(n), epoch)
+        assert np.array_equal(np.sort(order), np.arange(n))
+
+
+def test_shard_order_differs_between_epochs_and_seeds():
+    for sizes in (SHARD_SIZES["equal"], SHARD_SIZES["one"]):
+        starts, places = shard_starts(sizes), np.arange(sum(sizes))
+        orders = [ShardOrder(starts, seed).sample_ids(places, epoch) for seed in (0, 1) for epoch in (0, 1, 2)]
+        for i, a in enumerate(orders):
+            for b in orders[:i]:
+                assert (a == b).mean() < 0.02
+
+
+@pytest.mark.parametrize("sizes", [SHARD_SIZES["equal"], SHARD_SIZES["uneven"]])
+def test_shard_order_is_local_and_nearly_sequential(sizes):
+    starts = shard_starts(sizes)
+    order = ShardOrder(starts, seed=1).sample_ids(np.arange(sum(sizes)), 0)
+    shards = np.searchsorted(starts, order, side="right") - 1
+    first_of = {shard: np.flatnonzero(shards == shard)[0] for shard in np.unique(shards)}
+    ends = {shard: np.flatnonzero(shards == shard)[-1] for shard in first_of}
+    opened = [sum(first_of[s] <= place <= ends[s] for s in first_of) for place in range(0, len(order), 97)]
+    assert max(opened) <= WINDOW
+    for shard in first_of:
+        read = (order[shards == shard] - starts[shard]).astype(np.int64)  # in order of time
+        size = len(read)
+        shifts = [
+            np.abs((read - np.arange(size) - shift + size // 2) % size - size // 2).max() for shift in range(size)
+        ]
+        assert min(shifts) < CHUNK  # from one image on, once round, each out of its turn by less than a chunk
+
+
+def test_shard_order_mixes_the_shards_of_a_window():
+    starts = shard_starts([1000] * 16)
+    order = ShardOrder(starts, seed=2).sample_ids(np.arange(16_000), 0)
+    for part in np.split(order // 1000, 10):
+        assert stats.chisquare(np.bincount(part, minlength=16)).pvalue > 1e-4
+
+
+def test_shard_order_has_every_image_at_every_time():
+    places = np.arange(200)
+    orders = [ShardOrder(shard_starts([50, 150]), seed=0).sample_ids(places, epoch) for epoch in range(4000)]
+    for image in (0, 49, 50, 120, 199):
+        times = np.array([np.flatnonzero(order == image)[0] for order in orders])
+        assert stats.kstest(times / 200, "uniform").pvalue > 1e-4
+
+
+def test_shards_come_in_random_order():
+    starts = shard_starts([10] * 64)
+    firsts = [ShardOrder(starts, 0).sample_ids(np.arange(160), epoch) // 10 for epoch in range(2000)]
+    assert all(len(np.unique(first)) == WINDOW for first in firsts)
+    counts = np.bincount(np.concatenate([np.unique(first) for first in firsts]), minlength=64)
+    # Each is in the first window in a quarter of the epochs; drawn without replacement, so the spread is smaller.
+    assert stats.chisquare(counts).statistic / (1 - WINDOW / 64) < stats.chi2.ppf(1 - 1e-5, 63)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("sizes", [SHARD_SIZES["uneven"], SHARD_SIZES["tiny"]])
+def test_shard_batches_do_not_depend_on_how_they_are_cut(world_size, sizes):
+    whole, share = shard_plan(sizes), 64 // world_size
+    plans = [shard_plan(sizes) for _ in range(world_size)]
+    last = whole.steps_per_epoch
+    for step in (last, 0, last - 1, 3, 2 * last + 1):  # in any order: nothing is carried over
+        expected = whole.draw(step, 0, 64)
+        parts = [
+            plans[rank].draw(step, start, start + 16)
+            for rank in range(world_size)
+            for start in range(rank * share, (rank + 1) * share, 16)
+        ]
+        alone = shard_plan(sizes).draw(step, 0, 64)
+        for name in ("positions", "sample_ids", "boxes", "flips"):
+            joined = np.concatenate([getattr(part, name) for part in parts])
+            assert np.array_equal(joined, getattr(expected, name)), name
+            assert np.array_equal(getattr(alone, name), getattr(expected, name)), name
+
+
+def test_shard_epoch_takes_every_image_at_most_once():
+    plan = shard_plan([100] * 50)
+    for epoch in range(2):
+        steps = range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch)
+        ids = np.concatenate([plan.draw(step, 0, 64).sample_ids for step in steps])
+        assert len(np.unique(ids)) == len(ids) == 5000 // 64 * 64
+
+
+def test_replacements_with_shards():
+    plan = shard_plan([7, 0, 13], batch=8)
+    for position in (0, 15, 16, 100):
+        step, image = divmod(position, 8)
+        own = int(plan.draw(step, image, image + 1).sample_ids[0])
+        substitutes = [plan.replacement(position, attempt) for attempt in range(1, 20)]
+        assert sorted([own, *substitutes]) == list(range(20))
+
+
+def test_a_plan_with_shards_pickles():
+    plan = shard_plan([100] * 20)
+    expected = plan.draw(7, 0, 64).sample_ids
+    assert np.array_equal(pickle.loads(pickle.dumps(plan)).draw(7, 0, 64).sample_ids, expected)
+
+
+def test_global_shuffle_is_the_permutation_with_and_without_shards():
+    heights = np.full(1000, 50, np.int32)
+    plan = SamplingPlan(1000, heights, heights, 64, 9, SCALE, RATIO, 0.5, "global", shard_starts([500, 500]))
+    for step in (0, 14, 15, 31):
+        epoch, inside = divmod(step, 15)
+        places = inside * 64 + np.arange(64)
+        assert np.array_equal(plan.draw(step, 0, 64).sample_ids, permute(places, 1000, 9, epoch))
+
+
+def test_shuffle_settings():
+    heights = np.full(100, 50, np.int32)
+    with pytest.raises(UserError, match="data.shuffle=random: must be global or shard"):
+        SamplingPlan(100, heights, heights, 10, 0, SCALE, RATIO, 0.5, "random")
+    with pytest.raises(UserError, match="data.shuffle=shard: .*folder.*data.shuffle=global"):
+        SamplingPlan(100, heights, heights, 10, 0, SCALE, RATIO, 0.5, "shard")
