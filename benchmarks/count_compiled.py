@@ -185,4 +185,5 @@ def as_an_h100() -> Iterator[None]:
     with ExitStack() as stack:
         for name, answer in answers.items():
             stack.enter_context(mock.patch(f"torch.cuda.{name}", answer, create=True))
+        stack.enter_context(mock.patch("torch._subclasses.fake_tensor.init_gpu_context"))
         yield

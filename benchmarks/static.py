@@ -140,13 +140,19 @@ def count_steps(model: str, size: str, batch: int) -> list[dict[str, Any]]:
         for way, function in (("ours", plain_step), ("eager", plain_step), ("original", original_step)):
             with as_on_a_gpu() if way == "ours" else reference_ops():
                 parts = function(model_of(size), fake_tokenizer(), batch)
-            rows.append(facts | {"way": way, "parts": {name: part.total() for name, part in parts.items()}})
+            rows.append(
+                facts | {"way": way, "parts": {name: part.total() | by_op(part) for name, part in parts.items()}}
+            )
             print_step(rows[-1])
         with reference_ops():
             compiled = compiled_step(size, batch, fake_tokenizer()) | {"optimizer": rows[1]["parts"]["optimizer"]}
         rows.append(facts | {"way": "compiled", "parts": compiled})
         print_step(rows[-1])
     return rows
+
+
+def by_op(counter: Launches) -> dict[str, Any]:
+    return {"by_op": {name: [counter.launches[name], moved] for name, moved in counter.moved.most_common(20)}}
 
 
 def converted(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
