@@ -5,6 +5,7 @@ from typing import Any
 
 MISSING = "not measured"
 PASSES = ("forward", "backward")
+BUDGET_MS = {"ours": 32.7, "compiled": 70.0}  # of attention, elementwise passes and losses, ViT-L at batch 256
 STEP_PARTS = ("tokenizer", "forward", "backward", "optimizer")
 
 
@@ -48,6 +49,55 @@ def step_counts(record: dict[str, Any]) -> str:
             cells.append(f"{products:.0f} + {rest:.0f} = {products + rest:.0f}")
         rows.append(cells)
     return table(head, rows)
+
+
+def ours_by_op(record: dict[str, Any], model: str) -> dict[str, list[int]]:
+    """Launches and bytes of ours, forward and backward together."""
+    total: dict[str, list[int]] = {}
+    for row in record["steps"]:
+        if (row["model"], row["way"]) == (model, "ours"):
+            for part in PASSES:
+                for name, (launches, moved) in row["parts"][part]["by_op"].items():
+                    before = total.get(name, [0, 0])
+                    total[name] = [before[0] + launches, before[1] + moved]
+    return total
+
+
+def largest_ops(record: dict[str, Any]) -> str:
+    models = list(dict.fromkeys(row["model"] for row in record["steps"]))
+    found = {model: ours_by_op(record, model) for model in models}
+    names = sorted(found[models[0]], key=lambda name: -found[models[0]][name][1])[:12] if models else []
+    head = ["op", *(f"{model}: launches, GB" for model in models)]
+    rows = [[f"`{name}`", *(each(found[model].get(name, [0, 0])) for model in models)] for name in names]
+    return table(head, rows)
+
+
+def each(counts: list[int]) -> str:
+    return f"{counts[0]}, {gb(counts[1])}"
+
+
+def against_budget(record: dict[str, Any]) -> str:
+    """Where ViT-L's count differs from the budget behind the goal of 1,380 images/s, and by what."""
+    steps = {row["way"]: row for row in record["steps"] if row["model"] == "ViT-L"}
+    if not {"ours", "compiled"} <= set(steps):
+        return f"Against the budget: {MISSING}."
+    speed = record["ceilings"]["H100"][1]
+    rest = {way: sum(row["parts"][part]["other_bytes"] for part in PASSES) for way, row in steps.items()}
+    ops = ours_by_op(record, "ViT-L")
+    gelu = ops["bias_gelu"][1] + ops["bias_gelu_backward"][1]
+    return (
+        f"Against the budget: a ViT-L step of 185 ms leaves {BUDGET_MS['ours']} ms for attention, norms, elementwise "
+        f"passes and losses, {gb(BUDGET_MS['ours'] * speed / 1e3)} GB at {speed / 1e12:.1f} TB/s. Counted are "
+        f"{gb(rest['ours'])} GB, {rest['ours'] / speed * 1e3:.1f} ms at full bandwidth. Two things are not in the "
+        f"budget: bias and GELU are passes over the product instead of its epilogue ({gb(gelu)} GB, of which an epilogue would "
+        f"save the forward pass's {gb(ops['bias_gelu'][1])} GB and cost the pre-activations written), and the bias "
+        f"gradients of the linear layers are sums of their own ({gb(ops['sum'][1])} GB, `sum`). torch.compile is "
+        f"counted at {gb(rest['compiled'])} GB, {rest['compiled'] / speed * 1e3:.1f} ms, where the budget has "
+        f"{BUDGET_MS['compiled']} ms: it fuses the forward pass as well as ours, and loses in the backward pass "
+        f"({gb(steps['compiled']['parts']['backward']['other_bytes'])} GB against "
+        f"{gb(steps['ours']['parts']['backward']['other_bytes'])} GB). Its attention is counted as inputs and results "
+        "only; a FlashAttention-2 backward pass moves float32 workspace besides."
+    )
 
 
 def gb(count: float) -> str:
