@@ -121,7 +121,8 @@ def correctness(record: dict[str, Any] | None) -> str:
 def step_table(record: dict[str, Any] | None) -> str:
     head = ["step", "batch", "ms (median)", "images/s", "MFU model / all", "peak GB", "ours is", *PARTS, "idle"]
     rows = []
-    found = {} if record is None else {(r["model"], r["variant"]): r for r in record["rows"] if r["model"] != "tiny"}
+    done = [] if record is None else [row for row in record["rows"] if row["model"] != "tiny"]
+    found = {(row["model"], row["variant"]): row for row in done if row["data"] == "synthetic"}
     for model in STEP_MODELS:
         ours = found.get((model, "ours"), {})
         for variant in VARIANTS:
@@ -130,6 +131,10 @@ def step_table(record: dict[str, Any] | None) -> str:
                 rows.append([f"{model} {variant}", MISSING, *[""] * (len(head) - 2)])
                 continue
             rows.append([f"{model} {variant}", str(row["batch"]), *step_cells(row, ours)])
+    for row in done:
+        if row["data"] != "synthetic" and "step_ms" in row:
+            ours = found.get((row["model"], "ours"), {})
+            rows.append([f"{row['model']} {row['variant']}, real images", str(row["batch"]), *step_cells(row, ours)])
     title = "Whole pretraining steps" + ("" if record is None else f" {facts(record)}") + "; the right half in ms:"
     return f"{title}\n\n{table(head, rows)}"
 
@@ -226,6 +231,7 @@ def pictures(device: str, suites: dict[str, dict[str, Any]], folder: Path, besid
 def draw_steps(device: str, record: dict[str, Any], path: Path) -> bool:
     """Stacked bars, scaled to the measured step: parts of streams that overlap add up to more."""
     done = [row for row in record["rows"] if "step_ms" in row and row["model"] != "tiny"]
+    done.sort(key=lambda row: (STEP_MODELS.index(row["model"]), row["data"] != "synthetic"))
     if not done:
         return False
     figure, axes = new_figure(1.2 + 0.45 * len(done))
@@ -238,7 +244,9 @@ def draw_steps(device: str, record: dict[str, Any], path: Path) -> bool:
             axes.barh(place, value * scale, left=left, color=COLORS[part], label=label, height=0.7)
             left += value * scale
         axes.text(left, place, f" {median:.0f} ms, {row['images_per_second']:.0f} images/s", va="center", fontsize=8)
-    axes.set_yticks(range(len(done)), [f"{row['model']} B={row['batch']} {row['variant']}" for row in done])
+    names = [f"{row['model']} B={row['batch']} {row['variant']}" for row in done]
+    names = [name + ("" if row["data"] == "synthetic" else ", real") for name, row in zip(names, done, strict=True)]
+    axes.set_yticks(range(len(done)), names)
     axes.invert_yaxis()
     axes.margins(x=0.22)
     axes.set(xlabel="ms of a step", title=device)

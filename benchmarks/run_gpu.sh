@@ -53,10 +53,12 @@ case $mode in
   full)
     bench correctness 120 correctness.py -- tests/kernels
     bench train_step 190 train_step.py --models ViT-L --limit 110
-    bench loss_parity 80 loss_parity.py --png "$OUT/loss_parity.png"
+    bench loss_parity 80 loss_parity.py --seeds 2 --png "$OUT/loss_parity.png"
     bench tokenizer 30 tokenizer.py
     bench ops 110 ops.py --shapes ViT-L --seconds 0.1
-    bench train_step_more 200 train_step.py --models ViT-H ViT-B --variants ours original reference --steps 10
+    bench train_step_more 150 train_step.py --models ViT-H ViT-B --variants ours original reference --steps 10
+    images=$("$PYTHON" -c 'import sys; sys.path.insert(0, "benchmarks"); from data_loading import *; print(make_images(512))')
+    bench train_step_data 60 train_step.py --models ViT-L --variants ours --steps 10 --data "$images"
     ;;
   --quick)
     bench correctness 45 correctness.py -- tests/kernels -x -k "attention or residual"
@@ -71,9 +73,6 @@ case $mode in
     bench ops 120 ops.py --seconds 0.01 -k layer_norm
     ;;
 esac
-if [ "$mode" = full ] && [ -f benchmarks/data_loading.py ]; then
-  bench data_loading 60 data_loading.py --workers 8 --seconds 2 --repeats 1
-fi
 echo "results: $OUT ($((SECONDS - began)) s)"
 if [ ${#failed[@]} -gt 0 ]; then
   printf 'FAILED: %s\n' "${failed[@]}"

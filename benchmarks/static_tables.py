@@ -85,19 +85,17 @@ def against_budget(record: dict[str, Any]) -> str:
     rest = {way: sum(row["parts"][part]["other_bytes"] for part in PASSES) for way, row in steps.items()}
     ops = ours_by_op(record, "ViT-L")
     gelu = ops["bias_gelu"][1] + ops["bias_gelu_backward"][1]
-    return (
-        f"Against the budget: a ViT-L step of 185 ms leaves {BUDGET_MS['ours']} ms for attention, norms, elementwise "
-        f"passes and losses, {gb(BUDGET_MS['ours'] * speed / 1e3)} GB at {speed / 1e12:.1f} TB/s. Counted are "
-        f"{gb(rest['ours'])} GB, {rest['ours'] / speed * 1e3:.1f} ms at full bandwidth. Two things are not in the "
-        f"budget: bias and GELU are passes over the product instead of its epilogue ({gb(gelu)} GB, of which an epilogue would "
-        f"save the forward pass's {gb(ops['bias_gelu'][1])} GB and cost the pre-activations written), and the bias "
-        f"gradients of the linear layers are sums of their own ({gb(ops['sum'][1])} GB, `sum`). torch.compile is "
-        f"counted at {gb(rest['compiled'])} GB, {rest['compiled'] / speed * 1e3:.1f} ms, where the budget has "
-        f"{BUDGET_MS['compiled']} ms: it fuses the forward pass as well as ours, and loses in the backward pass "
-        f"({gb(steps['compiled']['parts']['backward']['other_bytes'])} GB against "
-        f"{gb(steps['ours']['parts']['backward']['other_bytes'])} GB). Its attention is counted as inputs and results "
-        "only; a FlashAttention-2 backward pass moves float32 workspace besides."
-    )
+    backward = {way: gb(row["parts"]["backward"]["other_bytes"]) for way, row in steps.items()}
+    budget = {way: f"{ms} ms ({gb(ms * speed / 1e3)} GB at {speed / 1e12:.1f} TB/s)" for way, ms in BUDGET_MS.items()}
+    counted = {way: f"{gb(rest[way])} GB, {rest[way] / speed * 1e3:.1f} ms" for way in BUDGET_MS}
+    return f"""Against the budget of a ViT-L step of 185 ms, which has {budget["ours"]} for attention, norms, elementwise
+passes and losses: counted are {counted["ours"]} at full bandwidth. Two things were not in the budget. Bias and GELU are
+passes over the product, not its epilogue: {gb(gelu)} GB, of which an epilogue would save the forward pass's
+{gb(ops["bias_gelu"][1])} GB and write pre-activations instead. Bias gradients of linear layers are sums of their own:
+{gb(ops["sum"][1])} GB (`sum`). For torch.compile the budget has {budget["compiled"]} and {counted["compiled"]} are
+counted: it fuses the forward pass as well as ours and loses in the backward pass ({backward["compiled"]} GB against
+{backward["ours"]} GB). Its attention is counted as inputs and results only; the backward pass of FlashAttention-2 moves
+float32 workspace besides."""
 
 
 def gb(count: float) -> str:

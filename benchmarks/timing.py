@@ -52,18 +52,16 @@ def graphed(runs: Sequence[Callable[[], Any]], device: torch.device) -> tuple[li
     """The calls as CUDA graphs and "graph"; as they are and "eager" on a CPU or where a call cannot be captured."""
     if device.type != "cuda":
         return list(runs), "eager"
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for run in runs:
-            for _ in range(2):
-                run()
-    torch.cuda.current_stream().wait_stream(side)
+    for run in runs:
+        for _ in range(2):
+            run()
+    # Backward passes run on the stream of their forward pass, so that one is captured: it must not be the default one.
+    stream = torch.cuda.current_stream()
     replays: list[Callable[[], Any]] = []
     try:
         for run in runs:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=stream):
                 run()
             replays.append(graph.replay)
     except RuntimeError as error:  # it waits for the host, which a graph cannot

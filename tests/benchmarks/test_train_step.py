@@ -35,6 +35,12 @@ def test_a_variant(variant, tmp_path):
     assert row["images_per_second"] == pytest.approx(4e3 / sorted(row["step_ms"])[0], rel=1)
 
 
+def test_real_images(tmp_path):
+    row = train_step.measure_variant(asked(tmp_path, "ours") | {"data": "bundled:photographs"})
+    assert len(row["step_ms"]) == 2
+    assert 5 < row["loss"] < 12
+
+
 def test_first_losses_agree_across_variants(tmp_path):
     """Before any update: the same weights, images, masks and codes, without drop path."""
     losses = []
