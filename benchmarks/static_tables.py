@@ -21,6 +21,8 @@ def static_tables(record: dict[str, Any] | None) -> str:
     where = f"`{record['command']}`, revision {record['revision']}, torch {record['versions']['torch']}"
     parts = [f"Counted ({where}), not measured: nothing ran. {assumed(record['ceilings'])}"]
     parts.append(f"Whole steps:\n\n{step_counts(record)}")
+    parts.append(f"Ours, forward and backward, by op:\n\n{largest_ops(record)}")
+    parts.append(against_budget(record))
     parts.append(
         f"Ops, forward / backward; floors from what must move and the FLOPs of products:\n\n{op_counts(record)}"
     )
@@ -88,14 +90,15 @@ def against_budget(record: dict[str, Any]) -> str:
     backward = {way: gb(row["parts"]["backward"]["other_bytes"]) for way, row in steps.items()}
     budget = {way: f"{ms} ms ({gb(ms * speed / 1e3)} GB at {speed / 1e12:.1f} TB/s)" for way, ms in BUDGET_MS.items()}
     counted = {way: f"{gb(rest[way])} GB, {rest[way] / speed * 1e3:.1f} ms" for way in BUDGET_MS}
-    return f"""Against the budget of a ViT-L step of 185 ms, which has {budget["ours"]} for attention, norms, elementwise
-passes and losses: counted are {counted["ours"]} at full bandwidth. Two things were not in the budget. Bias and GELU are
-passes over the product, not its epilogue: {gb(gelu)} GB, of which an epilogue would save the forward pass's
-{gb(ops["bias_gelu"][1])} GB and write pre-activations instead. Bias gradients of linear layers are sums of their own:
-{gb(ops["sum"][1])} GB (`sum`). For torch.compile the budget has {budget["compiled"]} and {counted["compiled"]} are
-counted: it fuses the forward pass as well as ours and loses in the backward pass ({backward["compiled"]} GB against
-{backward["ours"]} GB). Its attention is counted as inputs and results only; the backward pass of FlashAttention-2 moves
-float32 workspace besides."""
+    gelu_forward, sums = gb(ops["bias_gelu"][1]), gb(ops["sum"][1])
+    return f"""Against the budget of a ViT-L step of 185 ms, which has {budget["ours"]} for attention, norms,
+elementwise passes and losses: counted are {counted["ours"]} at full bandwidth. Two things were not in the budget. Bias
+and GELU are passes over the product, not its epilogue: {gb(gelu)} GB, of which an epilogue would save the forward
+pass's {gelu_forward} GB and write pre-activations instead. Bias gradients of linear layers are sums of their own: {sums}
+GB (`sum`). For torch.compile the budget has {budget["compiled"]} and {counted["compiled"]} are counted: it fuses the
+forward pass as well as ours and loses in the backward pass ({backward["compiled"]} GB against {backward["ours"]} GB).
+Its attention is counted as inputs and results only; the backward pass of FlashAttention-2 moves float32 workspace
+besides."""
 
 
 def gb(count: float) -> str:
