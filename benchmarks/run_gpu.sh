@@ -52,7 +52,7 @@ bench() { local name=$1 limit=$2 script=$3; shift 3; suite "$name" "$limit" "$PY
 case $mode in
   full)
     bench correctness 120 correctness.py -- tests/kernels
-    bench train_step 190 train_step.py --models ViT-L --limit 110
+    bench train_step 200 train_step.py --models ViT-L --variants ours original reference compiled --limit 110
     bench loss_parity 80 loss_parity.py --seeds 2 --png "$OUT/loss_parity.png"
     bench tokenizer 30 tokenizer.py
     bench ops 110 ops.py --shapes ViT-L --seconds 0.1

@@ -95,10 +95,10 @@ def against_budget(record: dict[str, Any]) -> str:
 elementwise passes and losses: counted are {counted["ours"]} at full bandwidth. Two things were not in the budget. Bias
 and GELU are passes over the product, not its epilogue: {gb(gelu)} GB, of which an epilogue would save the forward
 pass's {gelu_forward} GB and write pre-activations instead. Bias gradients of linear layers are sums of their own:
-{sums} GB (`sum`). For torch.compile the budget has {budget["compiled"]} and {counted["compiled"]} are counted: it fuses the
-forward pass as well as ours and loses in the backward pass ({backward["compiled"]} GB against {backward["ours"]} GB).
-Its attention is counted as inputs and results only; the backward pass of FlashAttention-2 moves float32 workspace
-besides."""
+{sums} GB (`sum`). For torch.compile the budget has {budget["compiled"]} and {counted["compiled"]} are counted: it
+fuses the forward pass as well as ours and loses in the backward pass ({backward["compiled"]} GB against
+{backward["ours"]} GB). Its attention is counted as inputs and results only; the backward pass of FlashAttention-2 moves
+float32 workspace besides."""
 
 
 def gb(count: float) -> str:
