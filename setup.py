@@ -24,6 +24,7 @@ extras = {
         "ruff>=0.14",
         "mypy>=1.18",
         "vector-quantize-pytorch>=1.22",
+        "timm>=1.0.26",
         "attrs>=23.1",
         "requests>=2.32",
     ],

@@ -19,6 +19,16 @@ def golden():
     return read
 
 
+@pytest.fixture(scope="session")
+def timm():
+    """The independent truth about vision transformers and their files."""
+    try:
+        import timm
+    except (ImportError, RuntimeError) as error:  # the latter with a torchvision of another build than torch's
+        pytest.skip(f"needs timm, with a torchvision made for this torch: {error}")
+    return timm
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)

@@ -1,9 +1,10 @@
-"""Turn other people's weights into files of ours, without running code from them.
+"""Turn weights from one code base's files into another's, without running code from them.
 
+  cae-fast convert cae checkpoint.pth model.safetensors
+  cae-fast convert cae runs/base/model.safetensors folder --to huggingface
   cae-fast convert dalle encoder.pkl decoder.pkl dalle.safetensors
 
-reads the discrete VAE of DALL-E, as OpenAI publishes it (pickled modules) or as other toolboxes do (state dicts in
-.pth files; an encoder alone is enough to pretrain), and writes one file for target.tokenizer.
+`cae-fast convert cae --help` and `cae-fast convert dalle --help` tell more.
 """
 
 # B batch, T image side, N positions.
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from cae_fast import __version__
+from cae_fast.commands import convert_cae
 from cae_fast.config import DataConfig, UserError
 from cae_fast.data.index import build_index, resolve_data_path
 from cae_fast.data.loader import pretrain_loader, resolve_num_workers
@@ -33,8 +35,16 @@ DALLE_CLASSES = ("dall_e.", "torch.nn.modules.")
 VERIFY_GRID, VERIFY_BATCH = 14, 16
 
 
+DALLE_HELP = """The discrete VAE of DALL-E, as OpenAI publishes it (pickled modules) or as other toolboxes do (state
+dicts in .pth files; an encoder alone is enough to pretrain), as one file for target.tokenizer."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", choices=["dalle"], help="what the weights are of")
+    models = parser.add_subparsers(dest="model", required=True, metavar="cae|dalle")
+    formatter = argparse.RawDescriptionHelpFormatter
+    convert_cae.add_arguments(models.add_parser("cae", description=convert_cae.__doc__, formatter_class=formatter))
+    parser = models.add_parser("dalle", description=DALLE_HELP)
+    parser.set_defaults(convert=convert_dalle)
     parser.add_argument("files", nargs="+", metavar="FILE", help="encoder, decoder (may be left out)")
     parser.add_argument("out", metavar="OUT.safetensors", help="file to write")
     parser.add_argument(
@@ -45,6 +55,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    return args.convert(args)
+
+
+def convert_dalle(args: argparse.Namespace) -> int:
     out = Path(args.out)
     if out.suffix != ".safetensors":
         raise UserError(f"{out}: the last argument is the file to write and ends in .safetensors")

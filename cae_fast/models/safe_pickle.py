@@ -26,6 +26,8 @@ from cae_fast.config import UserError
 
 ZIP_START, PICKLE_START = b"PK\x03\x04", b"\x80"
 LEGACY_MAGIC, LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
+SKIPPED = ("argparse.Namespace", "collections.", "pathlib.", "numpy.", "_codecs.encode", "mmengine.")
+STATES = ("state_dict", "model", "module")
 STORAGE_TYPES = {
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,
@@ -61,6 +63,18 @@ class ModuleRecord:
     """Stands for an instance of any admitted module class; the unpickler fills its `__dict__`."""
 
 
+class SkippedRecord:
+    """Stands for a checkpoint's settings, paths and logs: takes whatever it is made of and keeps nothing."""
+
+    def __new__(cls, *_: Any, **__: Any) -> "SkippedRecord":
+        return super().__new__(cls)
+
+    def append(self, *_: Any) -> None:
+        """Also what the unpickler calls for several items, for items with keys and for a state."""
+
+    extend = __setitem__ = __setstate__ = append
+
+
 def _tensor_record(storage: StorageRecord, offset: int, size: Any, stride: Any, *_: Any) -> TensorRecord:
     return TensorRecord(storage, offset, size, stride)
 
@@ -73,6 +87,7 @@ class _RecordUnpickler(pickle.Unpickler):
     def __init__(self, file: IO[bytes], module_prefixes: tuple[str, ...]):
         super().__init__(file)
         self.module_prefixes = module_prefixes
+        self.storages: dict[str, StorageRecord] = {}
         self.admitted: dict[str, Any] = {
             "collections.OrderedDict": OrderedDict,
             "__builtin__.set": set,  # protocol 2, as torch writes, has the names of Python 2
@@ -92,6 +107,8 @@ class _RecordUnpickler(pickle.Unpickler):
         if full_name.startswith(self.module_prefixes):
             # A class of its own each time: what a file does to it reaches nothing else.
             return type("ModuleRecord", (ModuleRecord,), {})
+        if full_name.startswith(SKIPPED):
+            return type("SkippedRecord", (SkippedRecord,), {})
         raise Refused(full_name.encode("unicode_escape").decode())  # it will be printed
 
     def persistent_load(self, pid: Any) -> Any:
@@ -100,15 +117,17 @@ class _RecordUnpickler(pickle.Unpickler):
             return facts[0]
         if kind != "storage" or not isinstance(facts[0], torch.dtype) or any(facts[4:]):
             raise pickle.UnpicklingError(f"unknown storage {pid!r}")
-        return StorageRecord(facts[0], str(facts[1]), int(facts[3]))
+        storage = StorageRecord(facts[0], str(facts[1]), int(facts[3]))
+        self.storages[storage.key] = storage
+        return storage
 
 
 def read_state(path: Path, module_prefixes: tuple[str, ...]) -> dict[str, Tensor]:
-    """Names and tensors of a saved module, of its state dict, or of a checkpoint that holds one as `state_dict`.
+    """Names and tensors of a saved module, of its state dict, or of a checkpoint that holds one under one of STATES.
 
-    module_prefixes: beginnings of the full names of classes that are admitted (as records; none is imported).
-    Raises UserError, with the reason in one line, for a file that is missing, empty, no file of torch.save, truncated,
-    or that asks for anything but tensors and containers.
+    module_prefixes: beginnings of the full names of classes that are admitted (as records; none is imported). Classes
+    of settings and logs (SKIPPED) are passed over. Raises UserError, with the reason in one line, for a file that is
+    missing, empty, no file of torch.save, truncated, or that asks for anything but these, tensors and containers.
     """
     head = _head_of_torch_file(path)
     try:
@@ -156,16 +175,17 @@ def _read_zip(path: Path, module_prefixes: tuple[str, ...]) -> dict[str, Tensor]
 
 def _read_legacy(path: Path, module_prefixes: tuple[str, ...]) -> dict[str, Tensor]:
     with open(path, "rb") as file:
-        magic, protocol, system, content, keys = (_RecordUnpickler(file, module_prefixes).load() for _ in range(5))
+        unpicklers = [_RecordUnpickler(file, module_prefixes) for _ in range(5)]
+        magic, protocol, system, content, keys = (unpickler.load() for unpickler in unpicklers)
         if magic != LEGACY_MAGIC or protocol != LEGACY_PROTOCOL or not system["little_endian"]:
             raise UserError(f"{path} is a pickle, but not one of torch.save on a little-endian machine")
-        counts = {record.storage.key: record.storage for _, record in _named_tensors(path, content)}
+        known = unpicklers[3].storages
         storages: dict[str, bytes] = {}
         for key in keys:
             (count,) = struct.unpack("<q", file.read(8))
-            if key not in counts or counts[key].num_values != count:
+            if key not in known or known[key].num_values != count:
                 raise UserError(f"{path} is damaged: storage {key!r} has another size than its tensor")
-            storages[key] = file.read(count * counts[key].dtype.itemsize)
+            storages[key] = file.read(count * known[key].dtype.itemsize)
     return _tensors(path, content, storages.__getitem__)
 
 
@@ -185,8 +205,8 @@ def _tensors(path: Path, content: Any, read_storage: Callable[[str], bytes]) -> 
 def _named_tensors(path: Path, content: Any) -> list[tuple[str, TensorRecord]]:
     if isinstance(content, ModuleRecord):
         return list(_module_tensors(content, ""))
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
+    if isinstance(content, dict):
+        content = next((content[name] for name in STATES if isinstance(content.get(name), dict)), content)
     if not isinstance(content, dict) or not all(isinstance(value, TensorRecord) for value in content.values()):
         raise UserError(f"{path} holds neither a module nor a dictionary of tensors")
     return list(content.items())

@@ -3,22 +3,13 @@
 B batch, N patches, Nm masked, S image side, D teacher's width.
 """
 
-import json
-import logging
-import math
-import re
-from pathlib import Path
-
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cae_fast.config import UserError
+from cae_fast.models.encoder import load_encoder
 from cae_fast.models.flops import block_flops
 from cae_fast.models.vit import VisionTransformer
-
-log = logging.getLogger(__name__)
-USUAL_HEAD_WIDTH = 64
 
 
 class TeacherFeatures:
@@ -46,62 +37,19 @@ class TeacherFeatures:
 
 
 def load_teacher(path: str, image_size: int, patch_size: int, device: torch.device | str = "cpu") -> TeacherFeatures:
-    """The teacher in an encoder.safetensors of ours or in timm's names, for images of the student's size.
+    """The teacher in a file that `load_encoder` reads, for images of the student's size.
 
-    A plain VisionTransformer with class token and final norm; LayerScale may be absent. Raises UserError where the
-    file is something else or has another grid of patches than the student.
+    Raises UserError where the file is something else or has another grid of patches than the student.
     """
-    if not Path(path).is_file():
-        raise UserError(f"target.tokenizer is {path}: there is no such file")
     try:
-        with safe_open(path, framework="pt") as file:
-            facts = json.loads((file.metadata() or {}).get("cae_fast", "{}"))
-            state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-        state = from_timm(state)
-        embed_dim = state["cls_token"].shape[-1]
-        depth = sum(name.endswith(".attn.qkv.weight") for name in state)
-        grid, patch = math.isqrt(state["pos_embed"].shape[1] - 1), state["patch_embed.proj.weight"].shape[-1]
-        model = VisionTransformer(grid * patch, patch, embed_dim, depth, _num_heads(facts, embed_dim, path), 1.0)
-        model.load_state_dict(state)
-    except (SafetensorError, OSError, KeyError, RuntimeError) as error:
-        text = " ".join(str(error).split())[:300]
-        raise UserError(f"target.tokenizer is {path}: not a vision transformer in timm's names ({text})") from error
-    if (grid * patch, patch) != (image_size, patch_size):
+        model = load_encoder(path)
+    except UserError as error:
+        raise UserError(f"target.tokenizer is {error}") from error
+    patch = model.patch_embed.patch_size
+    side = model.grid * patch
+    if (side, patch) != (image_size, patch_size):
         raise UserError(
-            f"target.tokenizer is {path}: its images have {grid * patch} px in patches of {patch}, the model's "
+            f"target.tokenizer is {path}: its images have {side} px in patches of {patch}, the model's "
             f"{image_size} in patches of {patch_size}; set model.image_size and model.patch_size to the teacher's"
         )
     return TeacherFeatures(model, device)
-
-
-def from_timm(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights under the names of timm's VisionTransformer as our encoder's; its classification head is left out.
-
-    Biases of keys are left out too: softmax does not see what all its logits have in common.
-    """
-    renamed: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        if name.startswith(("head.", "fc_norm.")):
-            continue
-        if name.endswith("attn.qkv.bias"):
-            query, _, value = tensor.chunk(3)
-            renamed[name.replace("qkv.bias", "q_bias")] = query
-            renamed[name.replace("qkv.bias", "v_bias")] = value
-        else:
-            renamed[re.sub(r"ls([12])\.gamma$", r"gamma_\1", name)] = tensor
-    for name in [name for name in renamed if name.endswith("attn.qkv.weight")]:
-        for gamma in ("gamma_1", "gamma_2"):
-            renamed.setdefault(name.replace("attn.qkv.weight", gamma), torch.ones(renamed["cls_token"].shape[-1]))
-    return renamed
-
-
-def _num_heads(facts: dict, embed_dim: int, path: str) -> int:
-    """From the header of a file of ours; shapes do not tell it."""
-    if "config" in facts:
-        return facts["config"]["model"]["num_heads"]
-    if embed_dim % USUAL_HEAD_WIDTH:
-        raise UserError(
-            f"target.tokenizer is {path}: its header does not say how many heads a width of {embed_dim} has"
-        )
-    log.info("%s: taken to have heads of width %d, as its header says nothing", path, USUAL_HEAD_WIDTH)
-    return embed_dim // USUAL_HEAD_WIDTH

@@ -4,8 +4,8 @@ B batch, N patches, n tokens, D width, H heads, C head width.
 """
 
 import math
-from collections.abc import Iterator
-from typing import cast
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -112,12 +112,19 @@ class Block(nn.Module):
         return residual_norm(x, self.mlp(normed), self.gamma_2, keep[1], norm_parameters(next_norm), NORM_EPS)
 
 
-def run_blocks(blocks: nn.ModuleList, norm: nn.LayerNorm, x: Tensor, keep: Tensor | None) -> Tensor:
-    """All blocks and the final LayerNorm. x: (B, n, D); keep: drop-path factors (2 * depth, B) or None."""
+def run_blocks(
+    blocks: nn.ModuleList, norm: nn.LayerNorm, x: Tensor, keep: Tensor | None, outputs: list[Tensor] | None = None
+) -> Tensor:
+    """All blocks and the final LayerNorm. x: (B, n, D); keep: drop-path factors (2 * depth, B) or None.
+
+    What every block adds up to, before any norm, is appended to `outputs`.
+    """
     chain = [*(cast(Block, block).norm1 for block in blocks), norm]
     normed = layer_norm(x, *norm_parameters(chain[0]), NORM_EPS)
     for i, block in enumerate(blocks):
         x, normed = block(x, normed, chain[i + 1], branch_keep(keep, i))
+        if outputs is not None:
+            outputs.append(x)
     return normed
 
 
@@ -156,10 +163,45 @@ class VisionTransformer(nn.Module):
         """Blocks and final norm. tokens: (B, n, D), class token first; keep: drop-path factors (2 * depth, B)."""
         return run_blocks(self.blocks, self.norm, tokens, keep)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """All patches of normalized images (B, 3, S, S). Returns (B, N + 1, D), the class token first."""
+    def all_tokens(self, images: Tensor) -> Tensor:
+        """Class token and all patches, embedded: (B, N + 1, D). Raises UserError for images of another size."""
+        side = self.grid * self.patch_embed.patch_size
+        if images.shape[-2:] != (side, side):
+            size = "x".join(str(length) for length in images.shape[-2:])
+            raise UserError(f"images are {size} px, the encoder's {side}x{side}: load_encoder(path, image_size=...)")
         ids = torch.arange(self.grid**2, device=images.device).expand(len(images), -1)  # (B, N)
-        return self.encode(self.tokens(images, ids, None)[0])
+        return self.tokens(images, ids, None)[0]
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """All patches of normalized images (B, 3, S, S). Returns (B, N + 1, D) after the final norm, class first."""
+        return self.encode(self.all_tokens(images))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.forward_features(images)
+
+    def get_intermediate_layers(
+        self,
+        images: Tensor,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+    ) -> list[Any]:
+        """Patch tokens (B, N, D) after the last n blocks, or after those of the given indices, first block first.
+
+        As timm's method of this name: `reshape` makes them (B, D, grid, grid), `norm` applies the final norm to each,
+        `return_prefix_tokens` makes them pairs with the class token (B, 1, D). Raises UserError for other blocks.
+        """
+        depth, outputs = len(self.blocks), cast(list[Tensor], [])
+        indices = range(depth - n, depth) if isinstance(n, int) else sorted({i + depth * (i < 0) for i in n})
+        if not indices or indices[0] < 0 or indices[-1] >= depth:
+            raise UserError(f"n is {n}: the encoder has {depth} blocks")
+        run_blocks(self.blocks, self.norm, self.all_tokens(images), None, outputs)
+        tokens = [self.norm(outputs[i]) if norm else outputs[i] for i in indices]  # (B, N + 1, D)
+        patches = [x[:, 1:] for x in tokens]
+        if reshape:
+            patches = [x.mT.unflatten(2, (self.grid, self.grid)).contiguous() for x in patches]  # (B, D, grid, grid)
+        return list(zip(patches, (x[:, :1] for x in tokens), strict=True)) if return_prefix_tokens else patches
 
 
 def initialize(module: nn.Module) -> None:

@@ -11,12 +11,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cae_fast.config import UserError
+from cae_fast.models.weight_names import encoder_for_timm
 
 STATE_FILE = re.compile(r"step_(\d{8})\.safetensors")
 
@@ -78,19 +78,6 @@ def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return load_file(path), json.loads(metadata["cae_fast"])
     except (SafetensorError, KeyError, OSError) as error:
         raise UserError(f"{path} is not a training state of cae_fast: {error}") from error
-
-
-def encoder_for_timm(model_state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The encoder under the names of timm's VisionTransformer(init_values=...), qkv.bias = [q_bias, 0, v_bias]."""
-    encoder = {k.removeprefix("encoder."): v for k, v in model_state.items() if k.startswith("encoder.")}
-    renamed: dict[str, Tensor] = {}
-    for name, tensor in encoder.items():
-        if name.endswith("attn.q_bias"):
-            value = encoder[name.replace("q_bias", "v_bias")]
-            renamed[name.replace("q_bias", "qkv.bias")] = torch.cat((tensor, torch.zeros_like(tensor), value))
-        elif not name.endswith("attn.v_bias"):
-            renamed[re.sub(r"gamma_([12])$", r"ls\1.gamma", name)] = tensor
-    return renamed
 
 
 def save_model(run_dir: Path, model_state: dict[str, Tensor], facts: dict[str, Any]) -> None:
