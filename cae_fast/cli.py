@@ -15,6 +15,7 @@ COMMANDS = {
     "classify": "what an encoder knows: linear or attentive probe, k-NN, fine-tuning on labelled images",
     "convert": "turn weights of other code bases into ours and back, without running code from them",
     "index": "scan a folder of images once and write its index",
+    "estimate": "memory, time and GPU-hours of a pretraining recipe on N GPUs, without a GPU",
     "doctor": "show what this machine has and which kernels run on it",
 }
 

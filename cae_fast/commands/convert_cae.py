@@ -38,6 +38,8 @@ ORIGINAL = {"original": "Atten4Vis/CAE", "original-lxtgh": "lxtGH/CAE"}
 ENCODER_COPY = {"original": "alignment_encoder.", "original-lxtgh": "teacher."}
 WHOLE = ("model", *ORIGINAL)
 PUBLISHED_HEADS = 12
+ENCODER_SIZES = ("image_size", "patch_size", "embed_dim", "depth", "num_heads")
+DECODER_SIZES = ("decoder_embed_dim", "decoder_num_heads", "regressor_depth", "decoder_depth")
 CARD = """---
 library_name: timm
 pipeline_tag: image-feature-extraction
@@ -94,10 +96,12 @@ def convert_cae(args: argparse.Namespace) -> int:
     facts = facts | {"config": facts.get("config", {}) | {"model": model}, "version": __version__}
     shape = check(path, state, facts)
     facts["source"] = {"file": path.name, "sha256": file_sha256(path), "layout": layout}
-    print(f"{path}: {'whole model' if whole else 'encoder'} in the names of {layout}")
-    print(json.dumps({name: value for name, value in model.items() if value is not None}))
+    print(
+        f"{path}: {'whole model' if whole else 'encoder'} in the names of {layout}, SHA-256 {facts['source']['sha256']}"
+    )
+    print(", ".join(f"{name} {getattr(shape, name)}" for name in (*ENCODER_SIZES, *(DECODER_SIZES if whole else ()))))
     write(out, to, state, facts, shape)
-    print(f"{out}: {to}")
+    print(f"{out}: written as {to}")
     return 0
 
 
@@ -107,9 +111,13 @@ def read_cae(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], str]:
     state, layout = to_ours(raw)
     if "encoder.patch_embed.proj.weight" not in state or "encoder.pos_embed" not in state:
         raise UserError(f"{path}: no CAE and no encoder with positions; its weights are {', '.join(list(raw)[:3])} ...")
-    left_out = sorted({f"{name.split('.')[0]}.*" for name in raw if name.removeprefix("module.").startswith(LEFT_OUT)})
-    if left_out:
-        print(f"{path}: {', '.join(left_out)} left out: copies of the encoder, or not of the model")
+    dropped = [name for name in raw if name.removeprefix("module.").startswith(LEFT_OUT)]
+    if "mask_token" not in state:
+        dropped += [name for name in state if not name.startswith("encoder.")]
+        state = {name: tensor for name, tensor in state.items() if name.startswith("encoder.")}
+    if dropped:
+        parts = sorted({f"{name.removeprefix('module.').split('.')[0]}.*" for name in dropped})
+        print(f"{path}: {', '.join(parts)} left out: copies of the encoder, or no part of a CAE")
     state = {name: tensor.float() for name, tensor in state.items()}
     if "mask_token" in state and "regressor_pos_embed" not in state:
         positions, width = state["encoder.pos_embed"], state["mask_token"].shape[-1]
@@ -215,8 +223,8 @@ def write_folder(out: Path, state: dict[str, Tensor], facts: dict[str, Any], sha
     """config.json for timm and a model card, beside the weights."""
     data = facts["config"].get("data", {})
     mean, std = data.get("mean", DataConfig().mean), data.get("std", DataConfig().std)
-    sizes = {name: getattr(shape, name) for name in ("patch_size", "embed_dim", "depth", "num_heads")}
-    side = shape.image_size
+    sizes = {name: getattr(shape, name) for name in ENCODER_SIZES}
+    side = sizes.pop("image_size")
     config = {
         "architecture": "vit_base_patch16_224",
         "num_classes": 0,

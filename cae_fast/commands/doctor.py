@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cae_fast import __version__
+from cae_fast.data import dali
 from cae_kernels.dispatch import BACKENDS, backend, why_not
 
 # What it is for, and the distributions that provide it.
@@ -78,9 +79,17 @@ def _packages() -> list[tuple[str, str]]:
     rows = []
     for name, (purpose, distributions) in PACKAGES.items():
         version = _version(distributions) or f"not installed ({purpose})"
-        wrong = why_not("adamw", "apex", "cuda") if name == "apex" else None
+        wrong = _wrong(name)
         rows.append((name, f"{version}: {wrong}" if wrong and "not installed" not in version else version))
     return rows
+
+
+def _wrong(name: str) -> str | None:
+    if name == "apex":
+        return why_not("adamw", "apex", "cuda")
+    if name == "dali":
+        return dali.why_not() or (None if torch.cuda.is_available() else "decodes on the CPU only, without a GPU")
+    return None
 
 
 def _version(distributions: tuple[str, ...]) -> str | None:

@@ -27,6 +27,7 @@ from cae_fast.config import (
     ProbeConfig,
     UserError,
 )
+from cae_fast.data.backend import OpenLoader, choose_backend
 from cae_fast.data.index import ImageIndex, index_for
 from cae_fast.data.loader import Batch, Mask, pretrain_loader, resolve_num_workers
 from cae_fast.data.normalize import Normalize
@@ -42,7 +43,7 @@ from cae_fast.training.interrupt import StopRequest
 from cae_fast.training.monitor import Monitor
 from cae_fast.training.optim import scheduled_lr
 from cae_fast.training.pictures import save_curves
-from cae_fast.training.resume import load_weights, newest_state, resume
+from cae_fast.training.resume import first_backend, load_weights, newest_state, resume
 from cae_fast.training.run_setup import (
     MAX_CONSECUTIVE_SKIPS,
     add_settings,
@@ -126,19 +127,12 @@ def train(job: "Job", stop: StopRequest) -> int:
 
 def micro_batches(job: "Job") -> Generator[list[Batch], None, None]:
     """The micro-batches of every step left."""
-    loader = pretrain_loader(
-        job.index,
-        job.plan,
-        job.mask,
-        image_size=job.model.shape.image_size,
-        token_size=job.targets.token_size(job.model.encoder.grid),
+    loader = job.open_loader(
         start_step=job.start_step,
         stop_step=job.last_step,
-        rank=0,
-        world_size=1,
-        micro_batch_size=job.config.train.global_batch_size // job.engine.accumulation,
-        num_workers=resolve_num_workers(job.config.data.num_workers, 1),
         pin_memory=job.device.type == "cuda",
+        decoder=job.config.data.backend,
+        device=job.device,
     )
     with closing(loader):
         for _ in range(job.start_step, job.last_step):
@@ -183,6 +177,7 @@ class Job:
     plan: SamplingPlan
     mask: Mask
     num_masked: int
+    open_loader: OpenLoader
     model: ContextAutoencoder
     engine: Engine
     targets: Targets
@@ -221,12 +216,26 @@ def prepare(config: PretrainConfig) -> Job:
     log.info("kernels: %s (why not others: cae-fast doctor)", summary(kernels))
     targets = make_targets(config.target, shape.image_size, shape.patch_size, device)
     tokenizer_sha256 = file_sha256(config.target.tokenizer) if config.target.tokenizer else None
-    mask, num_masked = make_mask(config.mask, shape.image_size // shape.patch_size, config.train.seed)
+    grid, micro = shape.image_size // shape.patch_size, micro_batch_size(config.train)
+    mask, num_masked = make_mask(config.mask, grid, config.train.seed)
     state = newest_state(config)
     run_dir = Path(config.train.run_dir)
     index = index_for(config.data, run_dir)
     log.info("data: %s", index)
     plan = sampling_plan(config, index)
+    open_loader = partial(
+        pretrain_loader,
+        index,
+        plan,
+        mask,
+        image_size=shape.image_size,
+        token_size=targets.token_size(grid),
+        rank=0,
+        world_size=1,
+        micro_batch_size=micro,
+        num_workers=resolve_num_workers(config.data.num_workers, 1),
+    )
+    config.data.backend = choose_backend(config.data.backend, first_backend(state), device, open_loader)
     torch.manual_seed(config.train.seed)
     model = ContextAutoencoder(
         config.model,
@@ -237,8 +246,7 @@ def prepare(config: PretrainConfig) -> Job:
     )
     if config.train.init_from and state is None:
         load_weights(model, config.train.init_from)
-    accumulation = config.train.global_batch_size // micro_batch_size(config.train)
-    engine = Engine(model, config.optim, config.train.precision, device, accumulation)
+    engine = Engine(model, config.optim, config.train.precision, device, config.train.global_batch_size // micro)
     start = 0 if state is None else resume(config, engine, state, index.fingerprint, tokenizer_sha256)
     run_dir.mkdir(parents=True, exist_ok=True)
     remove_leftovers(run_dir)
@@ -253,6 +261,7 @@ def prepare(config: PretrainConfig) -> Job:
         plan,
         mask,
         num_masked,
+        open_loader,
         model,
         engine,
         targets,

@@ -16,6 +16,7 @@ import time
 from collections.abc import Generator
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from cae_fast import __version__
 from cae_fast.config import OptimConfig, TrainTokenizerConfig, UserError
+from cae_fast.data.backend import OpenLoader, choose_backend
 from cae_fast.data.index import ImageIndex, index_for
 from cae_fast.data.loader import Batch, pretrain_loader, resolve_num_workers
 from cae_fast.data.sampling import SamplingPlan
@@ -44,7 +46,7 @@ from cae_fast.training.interrupt import StopRequest
 from cae_fast.training.monitor import Monitor
 from cae_fast.training.optim import scheduled_lr
 from cae_fast.training.pictures import save_curves, save_pairs
-from cae_fast.training.resume import load_weights, newest_state, resume
+from cae_fast.training.resume import first_backend, load_weights, newest_state, resume
 from cae_fast.training.run_setup import (
     MAX_CONSECUTIVE_SKIPS,
     add_settings,
@@ -183,19 +185,12 @@ def train(job: "Job", stop: StopRequest) -> int:
 
 def micro_batches(job: "Job", start: int, stop: int) -> Generator[tuple[list[Batch], float], None, None]:
     """For every step: its micro-batches on the device, and the seconds spent waiting for them."""
-    loader = pretrain_loader(
-        job.index,
-        job.plan,
-        no_mask,
-        image_size=job.model.config.image_size,
-        token_size=None,
+    loader = job.open_loader(
         start_step=start,
         stop_step=stop,
-        rank=0,
-        world_size=1,
-        micro_batch_size=job.config.train.global_batch_size // job.engine.accumulation,
-        num_workers=resolve_num_workers(job.config.data.num_workers, 1),
         pin_memory=job.device.type == "cuda",
+        decoder=job.config.data.backend,
+        device=job.device,
     )
     with closing(loader):
         for _ in range(start, stop):
@@ -271,6 +266,7 @@ class Job:
     device: torch.device
     index: ImageIndex
     plan: SamplingPlan
+    open_loader: OpenLoader
     model: DiscreteVAE
     engine: TokenizerEngine
     use: CodeUse
@@ -295,22 +291,39 @@ def prepare(config: TrainTokenizerConfig) -> Job:
             f"data.mean is {config.data.mean} and data.std {config.data.std}: the tokenizer's input always has {MEAN}"
         )
     device = choose_device(config.train)
-    accumulation = config.train.global_batch_size // micro_batch_size(config.train)
+    micro = micro_batch_size(config.train)
     state = newest_state(config)
     run_dir = Path(config.train.run_dir)
     index = index_for(config.data, run_dir)
     log.info("data: %s", index)
     plan = sampling_plan(config, index)
+    open_loader = partial(
+        pretrain_loader,
+        index,
+        plan,
+        no_mask,
+        image_size=config.tokenizer.image_size,
+        token_size=None,
+        rank=0,
+        world_size=1,
+        micro_batch_size=micro,
+        num_workers=resolve_num_workers(config.data.num_workers, 1),
+    )
+    config.data.backend = choose_backend(config.data.backend, first_backend(state), device, open_loader)
     torch.manual_seed(config.train.seed)
     model = DiscreteVAE(config.tokenizer)
     if config.train.init_from and state is None:
         load_weights(model, config.train.init_from)
-    engine = TokenizerEngine(model, config.optim, config.train.precision, device, accumulation)
+    engine = TokenizerEngine(
+        model, config.optim, config.train.precision, device, config.train.global_batch_size // micro
+    )
     start = 0 if state is None else resume(config, engine, state, index.fingerprint)
     run_dir.mkdir(parents=True, exist_ok=True)
     remove_leftovers(run_dir)
     describe(config, run_dir, device, kernel_backends(device))
-    return Job(config, run_dir, device, index, plan, model, engine, CodeUse(model.num_codes, device), start)
+    return Job(
+        config, run_dir, device, index, plan, open_loader, model, engine, CodeUse(model.num_codes, device), start
+    )
 
 
 def make_monitor(job: Job) -> Monitor:

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,7 @@ MAX_WORKERS = 12
 
 Mask = Callable[[Tensor], tuple[Tensor, Tensor]]
 Augment = Callable[[Image.Image], Image.Image]
+Decode = Callable[[bytes, tuple[int, int]], Pixels]
 
 
 @dataclass
@@ -98,13 +100,16 @@ def pretrain_loader(
     micro_batch_size: int,
     num_workers: int,
     pin_memory: bool,
-    decoder: Decoder = "cpu",
+    decoder: str = "cpu",
+    device: torch.device | str = "cpu",
     augment: Augment | None = None,
 ) -> Generator[Batch, None, None]:
     """The micro-batches of process `rank` for the steps start_step..stop_step, in order.
 
     A process owns the images [rank * L, (rank + 1) * L) of each global batch, L = G / world_size, cut in order into
     L / micro_batch_size micro-batches. `mask` maps positions (B,) to (visible_ids, masked_ids) and must pickle.
+    decoder: cpu or pil, both in worker processes into memory that `pin_memory` may pin, or dali, which decodes on
+    `device` and leaves the batches there; crops, flips, masks and replacements are the same.
     `augment` changes the encoder's view, a Pillow image of S x S that it may not resize; it must pickle, and the global
     random numbers of random, numpy and torch are seeded by the position for it.
     A file that fails is replaced by plan.replacement and logged; `.close()` (or dropping the generator) ends the
@@ -120,21 +125,36 @@ def pretrain_loader(
         )
     if plan.num_samples != len(index):
         raise ValueError(f"the plan has {plan.num_samples} images, the index {len(index)}")
-    loader = DataLoader(
-        _PlannedImages(index, plan, mask, image_size, token_size, decoder, augment),
+    images = PlannedImages(index, plan, mask, image_size, token_size, "pil" if decoder == "pil" else "cpu", augment)
+    sampler = _MicroBatches(range(start_step, stop_step), rank * share, share, micro_batch_size)
+    if decoder == "dali":
+        if augment is not None:
+            raise ValueError("DALI's images are not augmented: take another decoder")
+        from cae_fast.data.dali import EncodedImages, decoded_batches
+
+        loader = _data_loader(EncodedImages(images), sampler, num_workers)
+        micro_batches = share // micro_batch_size
+        return _announced(decoded_batches(loader, images, torch.device(device), micro_batch_size, micro_batches))
+    return _announced(worker_items(_data_loader(images, sampler, num_workers, pin_memory)))
+
+
+def _data_loader(
+    dataset: Dataset, sampler: Sampler | Sequence, num_workers: int, pin_memory: bool = False
+) -> DataLoader:
+    return DataLoader(
+        dataset,
         batch_size=None,
-        sampler=_MicroBatches(range(start_step, stop_step), rank * share, share, micro_batch_size),
+        sampler=sampler,
         num_workers=num_workers,
         pin_memory=pin_memory,
         worker_init_fn=_start_worker,
         generator=torch.Generator(),  # the default one would take a number from the global generator
     )
-    return _batches(loader)
 
 
-def _batches(loader: DataLoader) -> Generator[Batch, None, None]:
-    with closing(_items(loader)) as items:
-        for batch in items:
+def _announced(batches: Generator[Any, None, None]) -> Generator[Batch, None, None]:
+    with closing(batches):
+        for batch in batches:
             if isinstance(batch, UserError):
                 raise batch
             for position, path, reason in batch.replaced:
@@ -142,7 +162,7 @@ def _batches(loader: DataLoader) -> Generator[Batch, None, None]:
             yield batch
 
 
-def _items(loader: DataLoader) -> Generator[Any, None, None]:
+def worker_items(loader: DataLoader) -> Generator[Any, None, None]:
     """What the loader yields; its workers end with this generator, whatever ends it."""
     iterator: Any = iter(loader)
     try:
@@ -166,7 +186,7 @@ class _MicroBatches(Sampler[tuple[int, int, int]]):
 
 
 @dataclass
-class _PlannedImages(Dataset[Batch | UserError]):
+class PlannedImages(Dataset[Batch | UserError]):
     """Micro-batches by (step, start, stop)."""
 
     index: ImageIndex
@@ -188,11 +208,11 @@ class _PlannedImages(Dataset[Batch | UserError]):
 
     def __getitem__(self, micro_batch: tuple[int, int, int]) -> Batch | UserError:
         try:
-            return self._load(*micro_batch)
+            return self.load(*micro_batch)
         except UserError as error:
             return error  # raised by the main process, without a worker's traceback
 
-    def _load(self, step: int, start: int, stop: int) -> Batch:
+    def load(self, step: int, start: int, stop: int) -> Batch:
         sample = self.plan.draw(step, start, stop)
         size, token_size = self.image_size, self.token_size
         images = torch.empty(stop - start, 3, size, size, dtype=torch.uint8)  # (B, 3, S, S)
@@ -200,9 +220,9 @@ class _PlannedImages(Dataset[Batch | UserError]):
         if token_size is not None:
             token_images = torch.empty(stop - start, 3, token_size, token_size, dtype=torch.uint8)  # (B, 3, T, T)
         replaced: list[tuple[int, str, str]] = []
-        sample_ids = sample.sample_ids
+        sample_ids, decode = sample.sample_ids, partial(decode_rgb, decoder=self.decoder)
         for i, position in enumerate(sample.positions.tolist()):
-            pixels, sample_ids[i], box = self._decode(position, int(sample_ids[i]), sample.boxes[i], replaced)
+            pixels, sample_ids[i], box = self.decode(decode, position, int(sample_ids[i]), sample.boxes[i], replaced)
             top, left, height, width = box
             crop = np.ascontiguousarray(pixels[top : top + height, left : left + width])  # copied once for both views
             whole, flip = (0, 0, height, width), bool(sample.flips[i])
@@ -217,13 +237,13 @@ class _PlannedImages(Dataset[Batch | UserError]):
         visible_ids, masked_ids = self.mask(positions)
         return Batch(images, token_images, visible_ids, masked_ids, positions, torch.from_numpy(sample_ids), replaced)
 
-    def _decode(
-        self, position: int, sample_id: int, box: np.ndarray, replaced: list[tuple[int, str, str]]
+    def decode(
+        self, decode: Decode, position: int, sample_id: int, box: np.ndarray, replaced: list[tuple[int, str, str]]
     ) -> tuple[Pixels, int, np.ndarray]:
         """(pixels, sample id, crop) of a position: the planned image or the first substitute that can be used."""
         failed: list[str] = []
         while True:
-            pixels = _read_image(self.index, sample_id, self.decoder)
+            pixels = _read_image(self.index, sample_id, decode)
             if isinstance(pixels, np.ndarray):
                 return pixels, sample_id, box
             path = str(self.index.path(sample_id))
@@ -236,11 +256,11 @@ class _PlannedImages(Dataset[Batch | UserError]):
             box = self.plan.boxes(np.array([position]), np.array([sample_id]))[0]
 
 
-def _read_image(index: ImageIndex, sample_id: int, decoder: Decoder = "cpu") -> Pixels | str:
+def _read_image(index: ImageIndex, sample_id: int, decode: Decode = decode_rgb) -> Pixels | str:
     """The pixels of an image, uint8 (H, W, 3), or the reason why its file cannot be used."""
     size = int(index.heights[sample_id]), int(index.widths[sample_id])
     try:
-        return decode_rgb(index.read(sample_id), size, decoder)
+        return decode(index.read(sample_id), size)
     except DecodeError as error:
         return str(error)
     except OSError as error:
@@ -329,19 +349,12 @@ def labelled_loader(
     cannot be used is left out of its batch and logged.
     """
     sample_ids = range(len(index)) if sample_ids is None else sample_ids
-    loader = DataLoader(
-        _LabelledImages(index, image_size, crop_pct),
-        batch_size=None,
-        sampler=[sample_ids[start : start + batch_size] for start in range(0, len(sample_ids), batch_size)],
-        num_workers=num_workers,
-        worker_init_fn=_start_worker,
-        generator=torch.Generator(),  # the default one would take a number from the global generator
-    )
-    return _labelled_batches(loader)
+    batches = [sample_ids[start : start + batch_size] for start in range(0, len(sample_ids), batch_size)]
+    return _labelled_batches(_data_loader(_LabelledImages(index, image_size, crop_pct), batches, num_workers))
 
 
 def _labelled_batches(loader: DataLoader) -> Generator[tuple[Tensor, Tensor], None, None]:
-    with closing(_items(loader)) as items:
+    with closing(worker_items(loader)) as items:
         for images, labels, failed in items:
             for path, reason in failed:
                 logger.warning("data: %s: %s; left out", path, reason)

@@ -51,7 +51,7 @@ def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             facts = json.loads((file.metadata() or {}).get("cae_fast", "{}"))
             return facts, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a vision transformer in a safetensors file ({error})") from error
+        raise UserError(f"{path}: not a safetensors file ({error})") from error
 
 
 def make_encoder(state: dict[str, Tensor], num_heads: int, image_size: int | None = None) -> VisionTransformer:
@@ -73,9 +73,9 @@ def make_encoder(state: dict[str, Tensor], num_heads: int, image_size: int | Non
 def resize_positions(pos_embed: Tensor, grid: int) -> Tensor:
     """Positions (1, N + 1, D) of a square grid, interpolated to grid x grid patches: (1, grid^2 + 1, D).
 
-    Bicubic, antialiased where the grid shrinks, as in timm and (enlarging) in the original's segmentation and
-    detection. For sin-cos positions, too: recomputed on a larger grid, they would hold rows and columns that the
-    encoder never saw; interpolated, they are the sine and cosine at rows and columns between those that it knows.
+    Bicubic as timm's resample_abs_pos_embed; the original interpolates, too, for segmentation. Sin-cos positions as
+    well: recomputed on a larger grid they would hold rows and columns that the encoder never saw, interpolated they
+    are, within 0.05, the sine and cosine at places between those that it knows.
     """
     old = math.isqrt(pos_embed.shape[1] - 1)
     patches = pos_embed[:, 1:].mT.unflatten(2, (old, old))  # (1, D, old, old)

@@ -5,18 +5,17 @@ P = 3 p^2 values of a patch (row, column, channel).
 """
 
 import hashlib
-import json
 import math
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cae_fast.config import TargetConfig, UserError
 from cae_fast.models.dalle import dalle_tokenizer
 from cae_fast.models.dvae import DiscreteVAE, dvae_flops, load_dvae
+from cae_fast.models.encoder import read_weights
 from cae_fast.models.teacher import TeacherFeatures, load_teacher
 
 
@@ -160,14 +159,10 @@ def load_tokenizer(path: str, device: torch.device | str = "cpu") -> Tokenizer:
 
 def read_tokenizer_file(path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What the header says (at least `kind`) and the tensors. UserError names what is wrong with the file."""
-    if not Path(path).is_file():
-        raise UserError(f"target.tokenizer is {path}: there is no such file")
     try:
-        with safe_open(path, framework="pt") as file:
-            facts = json.loads((file.metadata() or {}).get("cae_fast", "{}"))
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"target.tokenizer is {path}: not a safetensors file ({error})") from error
+        facts, state = read_weights(Path(path))
+    except UserError as error:
+        raise UserError(f"target.tokenizer is {error}") from error
     if "kind" not in facts:
         raise UserError(
             f"target.tokenizer is {path}: not a tokenizer; `cae-fast convert dalle` and `cae-fast train-tokenizer` "

@@ -55,8 +55,8 @@ _MARKS = {
     "pretext_neck.": "lxtGH/CAE",
     "backbone.": "mmpretrain",
 }
-# Copies of the encoder that make the alignment's targets, the tokenizer, normalization.
-LEFT_OUT = ("alignment_encoder.", "teacher.", "target_generator.", "data_preprocessor.")
+# Copies of the encoder that make the alignment's targets, the tokenizer, normalization, classification heads.
+LEFT_OUT = ("alignment_encoder.", "teacher.", "target_generator.", "data_preprocessor.", "head.", "fc_norm.")
 
 
 def _renamed(name: str, beginnings: dict[str, str]) -> str:
@@ -87,7 +87,7 @@ def to_ours(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
     theirs = {theirs: ours for ours, theirs in LAYOUTS.get(layout, {}).items()}
     state = {_renamed(name, theirs): tensor for name, tensor in state.items()}
     if "cls_token" in state:
-        state = {f"encoder.{n}": tensor for n, tensor in state.items() if not n.startswith(("head.", "fc_norm."))}
+        state = {f"encoder.{name}": tensor for name, tensor in state.items()}
     return _from_timm(state), layout
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cae_fast.config import UserError
+from cae_fast.models.encoder import read_weights
 from cae_fast.models.weight_names import encoder_for_timm
 
 STATE_FILE = re.compile(r"step_(\d{8})\.safetensors")
@@ -72,10 +73,15 @@ def remove_leftovers(run_dir: Path) -> None:
 
 def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors on the CPU, and the facts. Raises UserError for a file that is not one of ours."""
+    facts = load_facts(path)
+    return load_file(path), facts
+
+
+def load_facts(path: Path) -> dict[str, Any]:
+    """What `save_state` was told besides the tensors. Raises UserError for a file that is not one of ours."""
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-        return load_file(path), json.loads(metadata["cae_fast"])
+            return json.loads((file.metadata() or {})["cae_fast"])
     except (SafetensorError, KeyError, OSError) as error:
         raise UserError(f"{path} is not a training state of cae_fast: {error}") from error
 
@@ -90,9 +96,7 @@ def save_model(run_dir: Path, model_state: dict[str, Tensor], facts: dict[str, A
 
 def load_model_weights(path: str) -> dict[str, Tensor]:
     """Tensors of a model.safetensors. Raises UserError where there is no such file or it is something else."""
-    if not Path(path).is_file():
-        raise UserError(f"train.init_from is {path}: there is no such file")
     try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"train.init_from is {path}: not a safetensors file ({error})") from error
+        return read_weights(Path(path))[1]
+    except UserError as error:
+        raise UserError(f"train.init_from is {error}") from error

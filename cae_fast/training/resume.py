@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from cae_fast.config import RunConfig, UserError
-from cae_fast.training.checkpoint import load_model_weights, load_state, state_files
+from cae_fast.training.checkpoint import load_facts, load_model_weights, load_state, state_files
 from cae_fast.training.engine import Engine
 
 log = logging.getLogger(__name__)
@@ -32,6 +32,11 @@ def newest_state(config: RunConfig) -> Path | None:
             "choose another train.run_dir"
         )
     return states[-1][1] if states else None
+
+
+def first_backend(path: Path | None) -> str | None:
+    """The data.backend of a training state's run; None without one."""
+    return None if path is None else load_facts(path)["config"]["data"].get("backend")
 
 
 def resume(

@@ -126,9 +126,12 @@ def test_converted_checkpoints_give_the_golden_outputs(tmp_path, golden, layouts
 def test_an_encoder_alone(tmp_path, golden, layouts, layout, prefixed, capsys):
     prefix = "encoder." if layout == "Atten4Vis/CAE" else "backbone."
     state = {k: v for k, v in layouts[layout].items() if k.startswith(prefix)}
-    torch.save({k if prefixed else k.removeprefix(prefix): v for k, v in state.items()}, tmp_path / "in.pth")
+    state = {k if prefixed else k.removeprefix(prefix): v for k, v in state.items()}
+    torch.save(state | {"head.weight": torch.zeros(2, 64)}, tmp_path / "in.pth")
     convert(tmp_path / "in.pth", tmp_path / "encoder.safetensors", "--num-heads", "4")
-    assert f"encoder in the names of {layout}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"encoder in the names of {layout}" in said
+    assert "head.* left out" in said
     tensors = golden("cae_tiny.safetensors")
     encoder = load_encoder(tmp_path / "encoder.safetensors")
     _, masked_ids = split_mask(tensors["in.mask"].flatten(1).bool())
@@ -174,6 +177,8 @@ def test_round_trips_bit_for_bit(tmp_path, run_dir, to, suffix):
     assert before.keys() == after.keys()
     assert all(before[name].equal(after[name]) for name in before)
     assert load_encoder(back).blocks[0].attn.num_heads == 4
+    if suffix == ".safetensors":
+        assert load_encoder(there).state_dict()["norm.weight"].equal(before["encoder.norm.weight"])
     assert not list(tmp_path.glob(".*"))
 
 
@@ -186,6 +191,13 @@ def test_encoders_round_trip_bit_for_bit(tmp_path, run_dir):
         actual = load_file(tmp_path / f"{name}.safetensors")
         assert actual.keys() == expected.keys()
         assert all(actual[key].equal(expected[key]) for key in expected)
+
+
+def test_prefixes_of_parallel_training_are_no_names(tmp_path, original):
+    torch.save({"module": {f"module.{k}": v for k, v in original.items()}}, tmp_path / "in.pth")
+    convert(tmp_path / "in.pth", tmp_path / "out.pth", "--to", "original", *HEADS)
+    written = torch.load(tmp_path / "out.pth", weights_only=True)["model"]
+    assert written.keys() == original.keys()
 
 
 @pytest.mark.parametrize(("to", "layout"), [("original", "Atten4Vis/CAE"), ("original-lxtgh", "lxtGH/CAE")])
@@ -324,7 +336,7 @@ def test_mistakes_get_one_line(tmp_path, original, run_dir, capsys):
     path.write_bytes(b"<!DOCTYPE html><html>")
     assert "web page" in refused([path, out], capsys)
     (tmp_path / "in.safetensors").write_bytes(b"12345678 not safetensors")
-    assert "in a safetensors file" in refused([tmp_path / "in.safetensors", out], capsys)
+    assert "not a safetensors file" in refused([tmp_path / "in.safetensors", out], capsys)
     save_file({"fc.weight": torch.zeros(2, 2)}, tmp_path / "in.safetensors")
     assert "no CAE and no encoder with positions; its weights are fc.weight" in refused(
         [tmp_path / "in.safetensors", out], capsys

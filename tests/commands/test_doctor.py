@@ -42,7 +42,7 @@ def test_versions_and_packages(said, monkeypatch):
     assert row(lines, "torch")[1] == torch.__version__
     assert row(lines, "python")[1].startswith(f"{sys.version_info.major}.{sys.version_info.minor}.")
     assert row(lines, "xformers")[1] == "0.0.99"
-    assert row(lines, "dali")[1] == "1.50.0"
+    assert row(lines, "dali")[1].startswith("1.50.0")
     assert row(lines, "timm")[1] == "not installed (evaluation)"
 
 

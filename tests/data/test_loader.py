@@ -291,7 +291,7 @@ def test_workers_end_when_the_main_process_says_so(index):
 
 def test_the_data_set_pickles_without_its_arrays(index):
     plan = make_plan(index)
-    dataset = loader_module._PlannedImages(index, plan, half_mask, 24, 12, "cpu", None)
+    dataset = loader_module.PlannedImages(index, plan, half_mask, 24, 12, "cpu", None)
     content = pickle.dumps(dataset)
     assert len(content) < 2000
     assert len(plan.heights) == NUM_IMAGES

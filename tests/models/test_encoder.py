@@ -72,6 +72,18 @@ def test_intermediate_layers_equal_timms(run_dir, timm_encoder, n, reshape, pref
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
+def test_intermediate_layers_are_the_blocks_outputs(run_dir):
+    encoder, images = cae_fast.load_encoder(run_dir / "encoder.safetensors"), torch.randn(2, 3, 24, 24)
+    seen = []
+    for block in encoder.blocks:
+        block.register_forward_hook(lambda module, inputs, outputs: seen.append(outputs[0]))
+    with torch.no_grad():
+        layers = encoder.get_intermediate_layers(images, 4, return_prefix_tokens=True)
+        grids = encoder.get_intermediate_layers(images, [1], reshape=True)
+    assert all(torch.cat((first, patches), 1).equal(x) for (patches, first), x in zip(layers, seen[:4], strict=True))
+    assert grids[0][1, :, 2, 5].equal(seen[5][1, 1 + 2 * 6 + 5])  # row 2, column 5 of a grid of 6
+
+
 def test_the_last_layer_normalized_is_forward_features(run_dir):
     encoder, images = cae_fast.load_encoder(run_dir / "encoder.safetensors"), torch.randn(2, 3, 24, 24)
     with torch.no_grad():
