@@ -170,6 +170,7 @@ def micro_batches(job: "Job") -> Generator[tuple[list[LabelledBatch], float], No
         micro_batch_size=size,
         num_workers=resolve_num_workers(config.data.num_workers, 1),
         pin_memory=device.type == "cuda",
+        decoder="cpu" if config.data.backend == "auto" else config.data.backend,
     )
     with closing(batches):
         for _ in range(job.start_step, job.last_step):

@@ -104,6 +104,8 @@ def prepare_task(config: ClassifyConfig) -> Task:
 
 def check_settings(config: ClassifyConfig) -> None:
     head, optim = config.head, config.optim
+    if config.data.backend not in ("auto", "cpu", "pil"):
+        raise UserError(f"data.backend is {config.data.backend!r}: classify decodes with cpu or pil (auto: cpu)")
     if config.train.init_from:
         raise UserError(f"train.init_from is {config.train.init_from}: give the encoder as encoder.path")
     if not 0 < config.validation.crop_pct <= 1 or config.validation.every_epochs < 1:
@@ -121,8 +123,8 @@ def check_settings(config: ClassifyConfig) -> None:
             if getattr(config.encoder, name):
                 raise UserError(f"encoder.{name} is {getattr(config.encoder, name)}: only --head finetune trains it")
     if head.cache_features:
-        if head.kind not in ("linear", "attentive"):
-            raise UserError(f"head.cache_features is true: --head {head.kind} has no use for it")
+        if head.kind == "finetune":
+            raise UserError("head.cache_features is true: --head finetune changes the features")
         used = [name for name, value in asdict(config.augment).items() if value and name != "label_smoothing"]
         if used:
             raise UserError(f"head.cache_features is true: cached features cannot have augment.{used[0]}")
@@ -143,7 +145,9 @@ def test(task: Task, classify: Callable[[Tensor], Tensor]) -> dict[str, Any]:
             for accuracy in accuracies:
                 accuracy.update(scores, labels.to(task.device))
             count += len(labels)
-    return {"top1": accuracies[0].compute().item(), "top5": accuracies[1].compute().item(), "images": count}
+    # float32 means of a whole number of hits
+    top1, top5 = (round(accuracy.compute().item() * count) / count for accuracy in accuracies)
+    return {"top1": top1, "top5": top5, "images": count}
 
 
 def report(task: Task, result: dict[str, Any], step: int) -> int:
