@@ -227,6 +227,9 @@ def record_test(job: "Job", step: int) -> dict[str, Any]:
 
 def knn(task: Task) -> int:
     """Weighted k-NN on the mean of the patch tokens."""
+    k = task.config.head.k
+    if not 1 <= k <= len(task.index):
+        raise UserError(f"head.k is {k}: give a number from 1 to {len(task.index)}, the number of training images")
 
     @torch.no_grad()
     def features(images: Tensor) -> Tensor:
@@ -235,7 +238,6 @@ def knn(task: Task) -> int:
 
     with closing(task.images(task.index)) as batches:
         known, labels = extract_features(features, batches)  # (M, D), (M,)
-    k = task.config.head.k
     return report(task, test(task, lambda x: knn_votes(known, labels, features(x), k, task.num_classes)), 0)
 
 
