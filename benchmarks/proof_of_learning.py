@@ -53,7 +53,14 @@ VARIANTS = {
     # One decoder of cross-attention from masked to visible patches, random masks of 75 %, no latent targets.
     "mae_like": ["target.alignment_weight=0", "model.decoder_depth=0", "mask.kind=random", "mask.ratio=0.75"],
 }
-PROBES = {"knn": [], "linear": ["optim.lr=3.0"], "attentive": ["optim.lr=0.2", "optim.epochs=10"]}
+# The class token is not trained by pretraining itself: no loss sees it. So the linear probe comes in two kinds.
+PROBES = {
+    "knn": (),
+    "linear": ("head.features=patch_mean", "optim.lr=3.0"),
+    "linear_class_token": ("optim.lr=3.0",),
+    "attentive": ("optim.lr=0.2", "optim.epochs=10"),
+}
+COLUMNS = {"knn": "k-NN", "linear": "linear", "linear_class_token": "linear (class token)", "attentive": "attentive"}
 PRETRAIN = """
 model: {size: tiny}
 target: {kind: normalized_pixels}
@@ -111,7 +118,7 @@ def measure(
         config = pretrain(images, variant, seed, steps, folder)
         result = {"seconds": round(time.perf_counter() - began, 1)}
         for probe in probes:
-            result[probe] = run_probe(images, probe, PROBES[probe], seed, folder)
+            result[probe] = run_probe(images, probe, seed, folder)
         if variant != "random":
             result["decoded"] = decoded_error(config, images, folder)
     return result
@@ -140,12 +147,13 @@ def run(arguments: list[str]) -> None:
         raise RuntimeError(f"cae-fast {' '.join(arguments)} ended with status {status}")
 
 
-def run_probe(images: ImageSet, probe: str, settings: list[str], seed: int, folder: Path) -> float:
+def run_probe(images: ImageSet, probe: str, seed: int, folder: Path) -> float:
     recipe, out = folder / "classify.yaml", folder / probe
     recipe.write_text(CLASSIFY)
     paths = [f"encoder.path={folder / 'encoder.safetensors'}", f"data.path={images.train}"]
     paths += [f"validation.path={images.test}", f"train.run_dir={out}", f"train.seed={seed}"]
-    run(["classify", "--head", probe, str(recipe), *paths, *images.data, *settings])
+    head = probe.partition("_")[0]
+    run(["classify", "--head", head, str(recipe), *paths, *images.data, *PROBES[probe]])
     return 100 * json.loads((out / "results.json").read_text())["top1"]
 
 
@@ -221,11 +229,12 @@ def missed(results: dict[str, Any], sets: list[str]) -> list[str]:
 
 def table(results: dict[str, Any]) -> str:
     """Markdown: means and, over seeds, the smallest and the largest value."""
-    lines = ["| set | variant | k-NN | linear | attentive | decoded without regressor |", "|---|---|---|---|---|---|"]
+    titles = ["set", "variant", *COLUMNS.values(), "decoded without regressor"]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for name, variants in results.items():
         for variant, runs in variants.items():
             cells = []
-            for column, digits in (("knn", 1), ("linear", 1), ("attentive", 1), ("decoded", 2)):
+            for column, digits in (*((probe, 1) for probe in COLUMNS), ("decoded", 2)):
                 values = [value[column] for value in runs.values() if column in value]
                 spread = f" ({min(values):.{digits}f}..{max(values):.{digits}f})" if len(values) > 1 else ""
                 cells.append(f"{statistics.mean(values):.{digits}f}{spread}" if values else "")
@@ -241,13 +250,13 @@ def draw(results: dict[str, Any], out: Path) -> None:
     FigureCanvasAgg(figure)
     for axes, (name, variants) in zip(figure.subplots(1, len(results), squeeze=False)[0], results.items(), strict=True):
         for position, (variant, runs) in enumerate(variants.items()):
-            for offset, probe in enumerate(("knn", "linear", "attentive")):
+            for offset, probe in enumerate(COLUMNS):
                 values = [value[probe] for value in runs.values() if probe in value]
                 if values:
                     place = offset + (position - 2.5) * 0.14
                     axes.bar(place, statistics.mean(values), 0.13, color=f"C{position}", label=variant * (offset == 0))
                     axes.plot([place] * len(values), values, "k.", markersize=3)
-        axes.set_xticks(range(3), ["k-NN", "linear", "attentive"])
+        axes.set_xticks(range(len(COLUMNS)), [title.replace(" (", "\n(") for title in COLUMNS.values()])
         axes.set_title(f"{name}: top-1 in %, dots are seeds")
         axes.set_ylim(bottom=10)
         axes.legend(fontsize=7, loc="lower right")

@@ -247,6 +247,9 @@ class EncoderConfig:
 class HeadConfig:
     kind: str = ""
     """Set by --head: linear, attentive, knn or finetune."""
+    features: str | None = None
+    """linear, knn: class_token (the paper's, empty for linear) or patch_mean, the mean of the patch tokens (empty for
+    knn)."""
     class_token: bool = False
     """attentive: the class token is among the keys and values, as in the original code; the paper has the patches."""
     cache_features: bool = False

@@ -5,7 +5,7 @@
       encoder.path=runs/base/encoder.safetensors data.path=/data/imagenet/train validation.path=/data/imagenet/val
 
 It writes RUN/results.json: top-1 and top-5, the settings and the encoder's SHA-256. Run it again with the same
-arguments to continue an interrupted run. k-NN (features: mean of the patch tokens) reads no optim settings.
+arguments to continue an interrupted run. k-NN reads no optim settings.
 """
 
 # B micro-batch, N patches, n tokens that a head reads, S image side, D width, K classes, M images.
@@ -226,7 +226,7 @@ def record_test(job: "Job", step: int) -> dict[str, Any]:
 
 
 def knn(task: Task) -> int:
-    """Weighted k-NN on the mean of the patch tokens."""
+    """Weighted k-NN on the mean of the patch tokens, or on the class token."""
     k = task.config.head.k
     if not 1 <= k <= len(task.index):
         raise UserError(f"head.k is {k}: give a number from 1 to {len(task.index)}, the number of training images")
@@ -234,6 +234,8 @@ def knn(task: Task) -> int:
     @torch.no_grad()
     def features(images: Tensor) -> Tensor:
         tokens = task.encoder.forward_features(task.normalize(images.to(task.device)).to(task.dtype))
+        if task.config.head.features == "class_token":
+            return tokens[:, 0].float()  # (B, D)
         return tokens[:, 1:].float().mean(1)  # (B, D)
 
     with closing(task.images(task.index)) as batches:
@@ -275,7 +277,7 @@ def prepare(task: Task) -> Job:
         encoder.to(device=task.device, dtype=task.dtype)
     head: LinearProbe | AttentiveProbe | FinetuneHead
     if config.head.kind == "linear":
-        head = LinearProbe(encoder.embed_dim, task.num_classes)
+        head = LinearProbe(encoder.embed_dim, task.num_classes, config.head.features == "patch_mean")
     elif config.head.kind == "attentive":
         head = AttentiveProbe(encoder.embed_dim, task.num_heads, task.num_classes, config.head.class_token)
     else:

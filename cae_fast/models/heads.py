@@ -12,16 +12,20 @@ from cae_fast.models.vit import NORM_EPS, SelfAttention, VisionTransformer, run_
 
 
 class LinearProbe(nn.Module):
-    """Class token -> BatchNorm without parameters -> Linear, as in MAE and the original's run_linear.py."""
+    """Class token -> BatchNorm without parameters -> Linear, as in MAE and the original's run_linear.py.
 
-    def __init__(self, embed_dim: int, num_classes: int):
+    With `patch_mean` the mean of the patch tokens takes the class token's place.
+    """
+
+    def __init__(self, embed_dim: int, num_classes: int, patch_mean: bool = False):
         super().__init__()
+        self.patch_mean = patch_mean
         self.norm = nn.BatchNorm1d(embed_dim, affine=False, eps=1e-6)
         self.linear = new_linear(embed_dim, num_classes, 0.01)
 
     def select(self, tokens: Tensor) -> Tensor:
         """What the head reads of an encoder's normalized tokens (B, N + 1, D): (B, 1, D)."""
-        return tokens[:, :1]
+        return tokens[:, 1:].mean(1, keepdim=True) if self.patch_mean else tokens[:, :1]
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens: (B, 1, D) of `select`. Returns logits (B, K)."""

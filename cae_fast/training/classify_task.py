@@ -118,6 +118,10 @@ def check_settings(config: ClassifyConfig) -> None:
             f"encoder.drop_path_rate is {config.encoder.drop_path_rate}, optim.momentum {optim.momentum}, "
             f"optim.layer_decay {optim.layer_decay}: from 0 to below 1 the first two, above 0 to 1 the third"
         )
+    if head.features not in (None, "class_token", "patch_mean") or (
+        head.features and head.kind not in ("linear", "knn")
+    ):
+        raise UserError(f"head.features is {head.features!r}: class_token or patch_mean, with --head linear or knn")
     if head.kind != "finetune":
         for name in ("drop_path_rate", "rel_pos_bias"):
             if getattr(config.encoder, name):

@@ -131,8 +131,10 @@ def test_results_are_those_of_the_saved_weights(place, runs, head):
     assert json.loads((runs[head] / "results.json").read_text())["top1"] == hits / NUM_TEST
 
 
-def test_knn(place):
-    folder = run(place, "knn", "knn", "head.k=5", "train.global_batch_size=20")
+@pytest.mark.parametrize("features_of", [None, "class_token", "patch_mean"])
+def test_knn(place, features_of):
+    overrides = [] if features_of is None else [f"head.features={features_of}"]
+    folder = run(place, "knn", f"knn_{features_of}", "head.k=5", "train.global_batch_size=20", *overrides)
     result = json.loads((folder / "results.json").read_text())
     encoder = load_encoder(place / "encoder.safetensors")
 
@@ -140,7 +142,8 @@ def test_knn(place):
         files = sorted((place / split).glob("*/*.png"))
         pixels = torch.stack([torch.from_numpy(np.array(Image.open(path))).movedim(-1, 0) for path in files])
         with torch.no_grad():
-            tokens = encoder((pixels / 255 - 0.5) / 0.25)[:, 1:].double().mean(1)
+            tokens = encoder((pixels / 255 - 0.5) / 0.25).double()
+        tokens = tokens[:, 0] if features_of == "class_token" else tokens[:, 1:].mean(1)
         return tokens / tokens.norm(dim=1, keepdim=True), [int(path.parent.name[-1]) for path in files]
 
     (known, labels), (queries, truth) = features("train"), features("test")
@@ -227,6 +230,8 @@ def test_more_images_than_gradients_need_the_same_step(place):
     [
         ("linear", ["encoder.path=nowhere.safetensors"], "nowhere.safetensors"),
         ("finetune", ["encoder.image_size=17"], "image_size is 17: set a multiple of the patch size, 4"),
+        ("attentive", ["head.features=patch_mean"], "head.features is 'patch_mean'"),
+        ("linear", ["head.features=mean"], "head.features is 'mean': class_token or patch_mean"),
         ("linear", ["encoder.drop_path_rate=0.1"], "encoder.drop_path_rate is 0.1: only --head finetune"),
         ("attentive", ["encoder.rel_pos_bias=true"], "encoder.rel_pos_bias is True: only --head finetune"),
         ("finetune", ["head.cache_features=true"], "head.cache_features is true: --head finetune"),

@@ -42,16 +42,18 @@ def softmax(x):
     return e / e.sum(-1, keepdim=True)
 
 
-def test_linear_probe_is_batch_norm_and_linear_of_the_class_token():
-    probe = randomize(LinearProbe(WIDTH, CLASSES))
+@pytest.mark.parametrize("patch_mean", [False, True])
+def test_linear_probe_is_batch_norm_and_linear_of_one_vector(patch_mean):
+    probe = randomize(LinearProbe(WIDTH, CLASSES, patch_mean))
     assert [name for name, _ in probe.named_parameters()] == ["linear.weight", "linear.bias"]
     tokens = torch.randn(BATCH, GRID**2 + 1, WIDTH, dtype=torch.float64) * 1e-3  # eps counts at this size
-    expected = standardize(tokens[:, 0], 0, 1e-6) @ probe.linear.weight.T + probe.linear.bias
+    vectors = tokens[:, 1:].mean(1) if patch_mean else tokens[:, 0]
+    expected = standardize(vectors, 0, 1e-6) @ probe.linear.weight.T + probe.linear.bias
     torch.testing.assert_close(probe(probe.select(tokens)), expected, rtol=1e-12, atol=1e-12)
-    variance = tokens[:, 0].var(0)
+    variance = vectors.var(0)
     torch.testing.assert_close(probe.norm.running_var, 0.9 + 0.1 * variance)
     probe.eval()
-    normed = (tokens[:, 0] - probe.norm.running_mean) / (probe.norm.running_var + 1e-6).sqrt()
+    normed = (vectors - probe.norm.running_mean) / (probe.norm.running_var + 1e-6).sqrt()
     torch.testing.assert_close(probe(probe.select(tokens)), normed @ probe.linear.weight.T + probe.linear.bias)
 
 
@@ -114,7 +116,10 @@ def test_finetune_head_takes_the_encoders_norm_over():
     assert "encoder.pos_embed" not in dict(model.named_parameters())
 
 
-@pytest.mark.parametrize("make", [LinearProbe, lambda width, classes: AttentiveProbe(width, HEADS, classes)])
+@pytest.mark.parametrize(
+    "make",
+    [LinearProbe, lambda w, c: LinearProbe(w, c, True), lambda width, classes: AttentiveProbe(width, HEADS, classes)],
+)
 def test_a_probe_leaves_the_encoder_alone(make):
     model = Classifier(make_encoder(), make(WIDTH, CLASSES))
     images = torch.randn(BATCH, 3, GRID * 4, GRID * 4)
