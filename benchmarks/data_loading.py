@@ -36,6 +36,7 @@ from provenance import provenance
 from torch.utils.data import DataLoader, Dataset
 
 from cae_fast.data.bundled import bundled_path
+from cae_fast.data.dali import why_not
 from cae_fast.data.index import build_index
 from cae_fast.data.loader import pretrain_loader
 from cae_fast.data.normalize import Normalize
@@ -188,7 +189,11 @@ def dali_loader(device_id: int | None, folder: Path, workers: int) -> Iterator[A
         yield pipeline.run()
 
 
-def our_loader(decoder: str, floats: bool, folder: Path, workers: int) -> Iterator[Any]:
+def our_loader(decoder: str, device: str, floats: bool, folder: Path, workers: int) -> Iterator[Any]:
+    if decoder == "dali" and (missing := why_not()):
+        raise ImportError(missing)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ImportError("a CUDA GPU")
     with tempfile.TemporaryDirectory() as temporary:
         index = build_index(folder, Path(temporary) / "x.index", 10**8)
         plan = SamplingPlan(len(index), index.heights, index.widths, BATCH, 0, SCALE, RATIO, FLIP)
@@ -207,6 +212,7 @@ def our_loader(decoder: str, floats: bool, folder: Path, workers: int) -> Iterat
             num_workers=workers,
             pin_memory=False,
             decoder=decoder,
+            device=device,
         )
         for batch in batches:
             if floats:
@@ -221,9 +227,11 @@ WAYS: dict[str, tuple[str, Callable[[Path, int], Iterator[Any]]]] = {
     "torchvision.io + v2": ("float32", functools.partial(torchvision_loader, TensorImages)),
     "DALI CPU": ("float32", functools.partial(dali_loader, None)),
     "DALI GPU": ("float32", functools.partial(dali_loader, 0)),
-    "ours, pil": ("uint8", functools.partial(our_loader, "pil", False)),
-    "ours": ("uint8", functools.partial(our_loader, "cpu", False)),
-    "ours, float32 on the CPU": ("float32", functools.partial(our_loader, "cpu", True)),
+    "ours, pil": ("uint8", functools.partial(our_loader, "pil", "cpu", False)),
+    "ours, DALI CPU": ("uint8", functools.partial(our_loader, "dali", "cpu", False)),
+    "ours, DALI GPU": ("uint8", functools.partial(our_loader, "dali", "cuda", False)),
+    "ours": ("uint8", functools.partial(our_loader, "cpu", "cpu", False)),
+    "ours, float32 on the CPU": ("float32", functools.partial(our_loader, "cpu", "cpu", True)),
 }
 
 

@@ -3,29 +3,33 @@
     python benchmarks/ops.py                           # a GPU: bfloat16, real shapes; a CPU: float32, tiny shapes
     python benchmarks/ops.py -k attention --json out.json
 
-Each row is one backend of one op: median milliseconds of the forward and of the backward pass, bytes that must move
-over that time as a share of the copy bandwidth measured in the same run, and the ratio to the plain torch reference.
+Each row is one backend of one op: median milliseconds of the forward and of the backward pass and half their spread
+(10th to 90th percentile), bytes that must move over that time in GB/s and as a share of the copy bandwidth measured in
+the same run, TFLOP/s of the reference's matrix products, the ratio to the plain torch reference; then what share the
+least possible time (the longer of bytes at copy bandwidth and FLOPs at the rate of a large product, both measured in
+the same run) has in both passes, and peak memory. On a GPU passes are replayed as CUDA graphs (or the row says why
+not), with inputs rotated past the L2 cache. `pytest benchmarks/bench_ops.py` shows the same through pytest-benchmark.
 """
 
 # B batch, N patches, n tokens, D width, H heads, C head width, V codes.
 
 import argparse
-import functools
-import json
 import math
 import os
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch._functorch.config as functorch_config
+from record import record, save
+from timing import copies_past_cache, copy_bandwidth, graphed, product_rate, time_ms
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from cae_kernels import (
     alignment_loss,
@@ -187,7 +191,7 @@ def convolution_cases(s: Sizes) -> Iterator[Case]:
     yield s.case("bias_relu", bias_relu, hidden, 2 * hidden[0].nbytes)
     block = [maps(width), s.make(width), maps(width)]
     yield s.case("bias_relu", bias_residual_relu, block, 4 * block[0].nbytes, kind="residual")
-    pooled = functools.partial(bias_residual_relu, pool=True)
+    pooled = partial(bias_residual_relu, pool=True)
     yield s.case("bias_relu", pooled, block, 5 * block[0].nbytes // 2, kind="pooled")
 
 
@@ -230,118 +234,151 @@ def error(actual: list[Tensor], expected: list[Tensor]) -> float:
     return worst
 
 
-def time_ms(run: Callable[[], Any], device: torch.device, seconds: float) -> list[float]:
-    """Milliseconds of single calls, after a warm-up; real shapes exceed any cache, so inputs need no rotation."""
-    run()
-    samples: list[float] = []
-    began = time.perf_counter()
-    while time.perf_counter() - began < seconds or len(samples) < 5:
-        if device.type == "cuda":
-            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            first.record()
-            run()
-            last.record()
-            last.synchronize()
-            samples.append(first.elapsed_time(last))
-        else:
-            start = time.perf_counter()
-            run()
-            samples.append((time.perf_counter() - start) * 1e3)
-    return samples
+Passes = list[Callable[[], Any]]
 
 
-def measure(case: Case, name: str, truth: list[Tensor], device: torch.device, seconds: float) -> dict:
+def checked(case: Case, name: str, truth: list[Tensor], device: torch.device) -> tuple[float, Passes, Passes]:
+    """The error of a backend, and its forward and backward passes on each copy of the inputs.
+
+    Raises ArithmeticError where the error is over the limit: a time of a wrong result means nothing.
+    """
     choose(case.op, name)
     run = torch.compile(case.run) if name == "compiled" else case.run
     inputs = [tensor.detach().clone().requires_grad_(not case.forward_only) for tensor in case.inputs]
     wrong = error(outputs_and_gradients(case, run, inputs), truth)
-    row: dict[str, Any] = {"op": case.op, "shape": case.shape, "backend": name, "error": wrong}
     if not wrong <= LIMITS[case.inputs[0].dtype]:
-        return row | {"failed": f"error {wrong:.1e}; not timed"}
-    if case.forward_only:
-        return row | {"forward_ms": time_ms(lambda: run(*inputs), device, seconds)}
-    outputs = flat(run(*inputs))
-    outputs = [out for out in outputs if out.requires_grad]
-    upstream = [torch.randn_like(out) for out in outputs]
-
-    def backward() -> None:
-        torch.autograd.grad(outputs, inputs, upstream, retain_graph=True, allow_unused=True)
-
-    return row | {
-        "forward_ms": time_ms(lambda: run(*inputs), device, seconds),
-        "backward_ms": time_ms(backward, device, seconds),
-    }
+        raise ArithmeticError(f"error {wrong:.1e}; not timed")
+    forwards: Passes = []
+    backwards: Passes = []
+    for copy in range(copies_past_cache(inputs, device)):
+        own = [t.detach().clone().requires_grad_(t.requires_grad) for t in inputs] if copy else inputs
+        forwards.append(partial(run, *own))
+        if not case.forward_only:
+            outputs = [out for out in flat(run(*own)) if out.requires_grad]
+            upstream = [torch.randn_like(out) for out in outputs]
+            backwards.append(partial(torch.autograd.grad, outputs, own, upstream, retain_graph=True, allow_unused=True))
+    return wrong, forwards, backwards
 
 
-def copy_bandwidth(device: torch.device, seconds: float) -> float:
-    """Bytes read and written per second by a plain copy."""
-    source = torch.empty(2**29 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.numel() / (statistics.median(time_ms(lambda: target.copy_(source), device, seconds)) * 1e-3)
+def measure(case: Case, name: str, truth: list[Tensor], device: torch.device, seconds: float) -> dict:
+    row: dict[str, Any] = {"op": case.op, "shape": case.shape, "backend": name, "moved": case.moved}
+    try:
+        row["error"], forwards, backwards = checked(case, name, truth, device)
+        if device.type == "cuda":
+            row["peak_bytes"] = peak_bytes(forwards, backwards)
+        for key, passes in (("forward", forwards), ("backward", backwards)):
+            if passes:
+                runs, row[f"{key}_timed"] = graphed(passes, device)
+                row[f"{key}_ms"] = time_ms(runs, device, seconds)
+    except Exception as failure:  # whatever a library raises; the other backends are measured all the same
+        row["failed"] = f"{type(failure).__name__}: {' '.join(str(failure).split())[:200]}"
+    return row
 
 
-def table_row(case: Case, row: dict, reference: dict, bandwidth: float) -> str:
-    start = f"{case.op:22s} {case.shape:10s} {row['backend']:15s}"
+def peak_bytes(forwards: Passes, backwards: Passes) -> int:
+    """Memory that both passes take above their inputs."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    held = forwards[0]()
+    if backwards:
+        backwards[0]()
+    del held
+    return torch.cuda.max_memory_allocated() - before
+
+
+def count_flops(case: Case) -> list[int]:
+    """FLOPs of the reference's matrix products, forward and backward."""
+    inputs = [tensor.detach().clone().requires_grad_(not case.forward_only) for tensor in case.inputs]
+    with FlopCounterMode(display=False) as counter:
+        outputs = [out for out in flat(case.run(*inputs)) if out.requires_grad]
+        forward = counter.get_total_flops()
+        if outputs:
+            torch.autograd.grad(outputs, inputs, [torch.ones_like(out) for out in outputs], allow_unused=True)
+    return [forward, counter.get_total_flops() - forward]
+
+
+def table_row(row: dict, reference: dict, ceilings: dict[str, float]) -> str:
+    start = f"{row['op']:20s} {row['shape']:10s} {row['backend']:15s}"
     if "failed" in row:
         return f"{start} FAILED: {row['failed']}"
-    cells = [f"error {row['error']:.1e}"]
-    for key, moved in (("forward_ms", case.moved[0]), ("backward_ms", case.moved[1])):
-        if key in row:
-            median = statistics.median(row[key])
-            ratio = statistics.median(reference[key]) / median if key in reference else float("nan")
-            share = moved / (median * 1e-3) / bandwidth
-            cells.append(f"{key[:-3]} {median:9.3f} ms  {share:5.0%} of copy  {ratio:5.2f}x")
-    return f"{start} {'   '.join(cells)}"
+    cells = [f"error {row['error']:.0e}"]
+    total = 0.0
+    for key, moved, flops in zip(("forward", "backward"), row["moved"], row["flops"], strict=True):
+        if f"{key}_ms" not in row:
+            continue
+        median, spread = middle(row[f"{key}_ms"])
+        total += median
+        ratio = middle(reference[f"{key}_ms"])[0] / median if f"{key}_ms" in reference else float("nan")
+        rate = moved / median * 1e3
+        eager = "" if row[f"{key}_timed"] == reference.get(f"{key}_timed") else f" {row[f'{key}_timed']}"
+        cells.append(
+            f"{key} {median:8.3f} ms +-{spread:3.0%}{eager} {rate / 1e9:5.0f} GB/s {rate / ceilings['copy']:4.0%} "
+            f"of copy {flops / median / 1e9:4.0f} TFLOP/s {ratio:5.2f}x"
+        )
+    cells.append(f"floor {floor_ms(row, ceilings) / total:4.0%}")
+    if "peak_bytes" in row:
+        cells.append(f"{row['peak_bytes'] / 1e6:.0f} MB")
+    return f"{start} {'  '.join(cells)}"
 
 
-def main() -> int:
+def middle(samples: list[float]) -> tuple[float, float]:
+    """Median, and half the distance of the 10th and 90th percentile as a share of it."""
+    tenths = statistics.quantiles(samples, n=10)
+    median = statistics.median(samples)
+    return median, (tenths[-1] - tenths[0]) / 2 / median
+
+
+def floor_ms(row: dict, ceilings: dict[str, float]) -> float:
+    """The least time of the passes that were timed: of their bytes or of their FLOPs, whichever is longer."""
+    passes = [i for i, key in enumerate(("forward_ms", "backward_ms")) if key in row]
+    moved, flops = (sum(row[key][i] for i in passes) for key in ("moved", "flops"))
+    return max(moved / ceilings["copy"], flops / ceilings["product"]) * 1e3
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-k", default="", help="only ops with this in their name")
-    parser.add_argument(
-        "--shapes", nargs="*", choices=list(SHAPES), help="default: all but tiny on a GPU, tiny on a CPU"
-    )
+    parser.add_argument("--shapes", nargs="*", choices=list(SHAPES), help="default: all but tiny; on a CPU tiny")
     parser.add_argument("--seconds", type=float, default=0.2, help="of timing per number")
-    parser.add_argument("--json", type=Path, help="write raw samples here")
-    args = parser.parse_args()
+    parser.add_argument("--json", type=Path, help="write raw samples here, after every op")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        torch.cuda.set_stream(torch.cuda.Stream())  # graphs are captured where the forward passes ran
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     shapes = args.shapes or (["ViT-B", "ViT-L", "ViT-H"] if device.type == "cuda" else ["tiny"])
-    bandwidth = copy_bandwidth(device, args.seconds)
-    print(f"{dtype}, copy bandwidth {bandwidth / 1e9:.0f} GB/s; ratios are to the plain torch reference")
-    rows = []
+    ceilings = {"copy": copy_bandwidth(device, args.seconds), "product": product_rate(device, args.seconds)}
+    print(
+        f"{dtype}, copy {ceilings['copy'] / 1e9:.0f} GB/s, product {ceilings['product'] / 1e12:.2f} TFLOP/s; "
+        "ratios are to the plain torch reference"
+    )
+    rows: list[dict] = []
     for shape in shapes:
         torch.manual_seed(0)
         for case in cases(Sizes(shape, device, dtype)):
-            if args.k not in case.op:
-                continue
-            choose(case.op, "reference")
-            leaves = [tensor.detach().clone().requires_grad_(not case.forward_only) for tensor in case.inputs]
-            truth = outputs_and_gradients(case, case.run, leaves)
-            reference: dict = {}
-            for name in backends(case.op, device):
-                torch.compiler.reset()
-                rows.append(measure(case, name, truth, device, args.seconds))
-                reference = reference or rows[-1]
-                print(table_row(case, rows[-1], reference, bandwidth), flush=True)
-    if args.json:
-        save(args.json, rows, bandwidth, device)
+            if args.k in case.op:
+                rows += compare(case, device, args.seconds, ceilings)
+                if args.json:
+                    save(args.json, record("ops", dtype=str(dtype), ceilings=ceilings, rows=rows))
     return 1 if any("failed" in row for row in rows) else 0
 
 
-def save(path: Path, rows: list[dict], bandwidth: float, device: torch.device) -> None:
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
-    facts = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "revision": git.stdout.strip() or None,
-        "command": " ".join(sys.argv),
-        "copy_bandwidth": bandwidth,
-        "rows": rows,
-    }
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(facts))
-    os.replace(temporary, path)
+def compare(case: Case, device: torch.device, seconds: float, ceilings: dict[str, float]) -> list[dict]:
+    """A row for each backend of a case."""
+    choose(case.op, "reference")
+    leaves = [tensor.detach().clone().requires_grad_(not case.forward_only) for tensor in case.inputs]
+    truth = outputs_and_gradients(case, case.run, leaves)
+    flops = count_flops(case)
+    rows: list[dict] = []
+    for name in backends(case.op, device):
+        torch.compiler.reset()
+        rows.append(measure(case, name, truth, device, seconds) | {"flops": flops})
+        print(table_row(rows[-1], rows[0], ceilings), flush=True)
+    return rows
 
 
 if __name__ == "__main__":

@@ -10,14 +10,16 @@ B batch, T side of the images, N positions, Nm masked.
 """
 
 import argparse
-import json
 import os
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
+from record import record, save
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -32,7 +34,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=256, help="of the first group; DALL-E's: 256")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--compile", action="store_true", help="also torch.compile")
-    parser.add_argument("--json", action="store_true", help="one JSON line for each row instead of a table")
+    parser.add_argument("--json", type=Path, help="write raw samples here, after every row")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
@@ -42,20 +44,20 @@ def main() -> None:
     masked_ids = order[:, : args.grid**2 // 2].sort(1).values  # (B, Nm)
     encoder = DalleEncoder(args.width).eval().requires_grad_(False).to(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    if not args.json:
-        print(f"{name}, torch {torch.__version__}, batch {args.batch}, {size} px")
-        print(f"{'':38s}{'ms':>9s}{'img/s':>9s}{'GFLOP':>8s}{'GB':>8s}{'peak':>8s}{'agree':>9s}")
+    print(f"{name}, torch {torch.__version__}, batch {args.batch}, {size} px")
+    print(f"{'':38s}{'ms':>9s}{'img/s':>9s}{'GFLOP':>8s}{'GB':>8s}{'peak':>8s}{'agree':>9s}")
+    rows = []
     first = None
     for label, run in variants(encoder, device, args.compile):
         row, codes = measure(run, images, masked_ids, args.steps)
         first = codes if first is None else first
         row["agree"] = (codes == first).float().mean().item()
+        text = f"{label:38s}{row['ms']:9.2f}{row['images_per_second']:9.0f}{row['gflop']:8.2f}{row['gb']:8.2f}"
+        peak = "-" if row["peak_gb"] is None else f"{row['peak_gb']:.2f}"
+        print(f"{text}{peak:>8s}{row['agree']:9.3%}", flush=True)
+        rows.append({"name": label} | row)
         if args.json:
-            print(json.dumps({"name": label, "device": name, **vars(args), **row}), flush=True)
-        else:
-            text = f"{label:38s}{row['ms']:9.2f}{row['images_per_second']:9.0f}{row['gflop']:8.2f}{row['gb']:8.2f}"
-            peak = "-" if row["peak_gb"] is None else f"{row['peak_gb']:.2f}"
-            print(f"{text}{peak:>8s}{row['agree']:9.3%}", flush=True)
+            save(args.json, record("tokenizer", batch=args.batch, grid=args.grid, width=args.width, rows=rows))
 
 
 Encode = Callable[[Tensor, Tensor], Tensor]
@@ -109,7 +111,7 @@ def copied(encoder: DalleEncoder) -> DalleEncoder:
 
 
 @torch.no_grad()
-def measure(run: Encode, images: Tensor, masked_ids: Tensor, steps: int) -> tuple[dict[str, float | None], Tensor]:
+def measure(run: Encode, images: Tensor, masked_ids: Tensor, steps: int) -> tuple[dict[str, Any], Tensor]:
     codes = run(images, masked_ids)  # also compiles
     cuda = images.device.type == "cuda"
     seconds, peak = [], None
@@ -129,6 +131,7 @@ def measure(run: Encode, images: Tensor, masked_ids: Tensor, steps: int) -> tupl
         run(images, masked_ids)
     typical = statistics.median(seconds)
     row = {"ms": typical * 1e3, "images_per_second": len(images) / typical, "peak_gb": peak}
+    row["samples_ms"] = [second * 1e3 for second in seconds]
     return row | {"gflop": counter.get_total_flops() / len(images) / 1e9, "gb": moved.total / 1e9}, codes
 
 

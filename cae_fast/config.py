@@ -130,13 +130,26 @@ class TrainConfig:
     global_batch_size: int = 2048
     """Images per optimizer step over all processes and accumulation steps."""
     micro_batch_size: int | None = None
-    """Images per forward pass and process; empty: the global batch over the processes. Accumulation follows."""
+    """Most images per forward pass and process; empty: the global batch over the processes. Accumulation follows."""
     resume: str = "auto"
     """auto: continue when run_dir holds a checkpoint; never: refuse such a folder; force: with changed settings too."""
     init_from: str | None = None
     """A model.safetensors to start the weights from (a new run, step 0)."""
     max_steps: int | None = None
     """Stop (with a checkpoint) after this step; the schedule stays that of optim.epochs."""
+    zero: int | None = None
+    """What processes share out (DeepSpeed's ZeRO stages): 0 nothing, plain data parallel, without DeepSpeed; 1 masters
+    and moments; 2 gradients too; 3 weights too. Empty: 1 with several processes, else no DeepSpeed."""
+    offload_optimizer: bool = False
+    """ZeRO 1 to 3: keep masters and moments in the host's memory and update them there. Slow; for models too large."""
+    activation_checkpointing: bool = False
+    """Keep only what enters a block and compute the rest again in the backward pass: a third more work, and the memory
+    of activations falls to about a fifth."""
+    deepspeed: str | None = None
+    """A JSON file with more DeepSpeed settings, such as configs/deepspeed/zero1_8xh100.json; what follows from other
+    settings here must not be in it."""
+    timeout_seconds: float = 600.0
+    """With several processes: one that makes no step for so long, because it or another one hangs, ends the run."""
 
 
 @dataclass

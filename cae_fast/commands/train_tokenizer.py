@@ -41,6 +41,7 @@ from cae_fast.models.dvae import (
 )
 from cae_fast.models.quantizers import VectorQuantizer, perplexity
 from cae_fast.training.checkpoint import remove_leftovers, save_state, write_safetensors, write_text
+from cae_fast.training.distributed import read_world
 from cae_fast.training.engine import Engine
 from cae_fast.training.interrupt import StopRequest
 from cae_fast.training.monitor import Monitor
@@ -286,6 +287,10 @@ def prepare(config: TrainTokenizerConfig) -> Job:
     """Check every setting, open the data, build the model and load what the run folder holds."""
     config.tokenizer = resolve_tokenizer(config.tokenizer)
     check_training(config)
+    if (size := read_world().size) > 1:
+        raise UserError(f"{size} processes were started, but train-tokenizer runs in one: start it without a launcher")
+    if config.train.zero or config.train.offload_optimizer or config.train.activation_checkpointing:
+        raise UserError("train.zero, train.offload_optimizer and train.activation_checkpointing are for pretrain only")
     if set(config.data.mean) != {MEAN} or set(config.data.std) != {STD}:
         raise UserError(
             f"data.mean is {config.data.mean} and data.std {config.data.std}: the tokenizer's input always has {MEAN}"

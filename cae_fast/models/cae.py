@@ -24,6 +24,7 @@ from cae_fast.models.vit import (
     initialize,
     norm_parameters,
     rescale_output_projections,
+    run_block,
     run_blocks,
     sincos_position_embedding,
 )
@@ -179,6 +180,7 @@ class Regressor(nn.Module):
 
     def __init__(self, embed_dim: int, depth: int, num_heads: int, layer_scale_init: float):
         super().__init__()
+        self.checkpointed = False
         self.blocks = nn.ModuleList(RegressorBlock(embed_dim, num_heads, layer_scale_init) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=NORM_EPS)
 
@@ -199,7 +201,7 @@ class Regressor(nn.Module):
             _, norm_k, norm_v = block.input_norms()
             context = norm_qkv(visible, pos_embed, visible_ids, None, norm_k, norm_v, NORM_EPS)
             drop = branch_keep(keep, i)
-            x, branch = block(x, normed, context, drop[0])
+            x, branch = run_block(block, self.checkpointed, x, normed, context, drop[0])
             if i + 1 < len(blocks):
                 norms = blocks[i + 1].input_norms()
                 x, normed = residual_norm_qkv(
@@ -213,6 +215,7 @@ class Decoder(nn.Module):
 
     def __init__(self, embed_dim: int, depth: int, num_heads: int, layer_scale_init: float, output_dim: int):
         super().__init__()
+        self.checkpointed = False
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, layer_scale_init) for _ in range(depth))
         if depth:
             self.norm = nn.LayerNorm(embed_dim, eps=NORM_EPS)
@@ -222,7 +225,7 @@ class Decoder(nn.Module):
         """Features that the head reads. latents: (B, n, R); pos_embed: (N, R); ids: (B, n). Returns (B, n, R)."""
         if not self.blocks:
             return latents
-        return run_blocks(self.blocks, self.norm, latents + pos_embed[ids], keep)
+        return run_blocks(self.blocks, self.norm, latents + pos_embed[ids], keep, checkpointed=self.checkpointed)
 
 
 class ContextAutoencoder(nn.Module):
@@ -262,6 +265,10 @@ class ContextAutoencoder(nn.Module):
         if shape.rescale_init:
             for blocks in (self.encoder.blocks, self.regressor.blocks, self.decoder.blocks):
                 rescale_output_projections(blocks)
+
+    def checkpoint_blocks(self, on: bool) -> None:
+        """Whether blocks compute their activations again in the backward pass instead of keeping them."""
+        self.encoder.checkpointed = self.regressor.checkpointed = self.decoder.checkpointed = on
 
     def branch_rates(self) -> list[float]:
         """Drop-path rate of every residual branch, in the order of `keep`'s rows: encoder, encoder on the masked

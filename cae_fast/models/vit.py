@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from cae_fast.config import UserError
 from cae_kernels import attention, gather_tokens, layer_norm, linear_gelu, residual_norm
@@ -112,8 +113,20 @@ class Block(nn.Module):
         return residual_norm(x, self.mlp(normed), self.gamma_2, keep[1], norm_parameters(next_norm), NORM_EPS)
 
 
+def run_block(block: nn.Module, checkpointed: bool, *inputs: Any) -> Any:
+    """block(*inputs); checkpointed: keep only the inputs for the backward pass, which then runs the block again."""
+    if checkpointed and torch.is_grad_enabled():
+        return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)  # nothing random in a block
+    return block(*inputs)
+
+
 def run_blocks(
-    blocks: nn.ModuleList, norm: nn.LayerNorm, x: Tensor, keep: Tensor | None, outputs: list[Tensor] | None = None
+    blocks: nn.ModuleList,
+    norm: nn.LayerNorm,
+    x: Tensor,
+    keep: Tensor | None,
+    outputs: list[Tensor] | None = None,
+    checkpointed: bool = False,
 ) -> Tensor:
     """All blocks and the final LayerNorm. x: (B, n, D); keep: drop-path factors (2 * depth, B) or None.
 
@@ -122,7 +135,7 @@ def run_blocks(
     chain = [*(cast(Block, block).norm1 for block in blocks), norm]
     normed = layer_norm(x, *norm_parameters(chain[0]), NORM_EPS)
     for i, block in enumerate(blocks):
-        x, normed = block(x, normed, chain[i + 1], branch_keep(keep, i))
+        x, normed = run_block(block, checkpointed, x, normed, chain[i + 1], branch_keep(keep, i))
         if outputs is not None:
             outputs.append(x)
     return normed
@@ -146,6 +159,7 @@ class VisionTransformer(nn.Module):
         self, image_size: int, patch_size: int, embed_dim: int, depth: int, num_heads: int, layer_scale_init: float
     ):
         super().__init__()
+        self.checkpointed = False
         self.grid = image_size // patch_size
         self.embed_dim = embed_dim
         self.patch_embed = PatchEmbed(patch_size, embed_dim)
@@ -161,7 +175,7 @@ class VisionTransformer(nn.Module):
 
     def encode(self, tokens: Tensor, keep: Tensor | None = None) -> Tensor:
         """Blocks and final norm. tokens: (B, n, D), class token first; keep: drop-path factors (2 * depth, B)."""
-        return run_blocks(self.blocks, self.norm, tokens, keep)
+        return run_blocks(self.blocks, self.norm, tokens, keep, checkpointed=self.checkpointed)
 
     def all_tokens(self, images: Tensor) -> Tensor:
         """Class token and all patches, embedded: (B, N + 1, D). Raises UserError for images of another size."""

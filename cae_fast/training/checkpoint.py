@@ -13,7 +13,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from cae_fast.config import UserError
 from cae_fast.models.encoder import read_weights
@@ -92,6 +92,11 @@ def save_model(run_dir: Path, model_state: dict[str, Tensor], facts: dict[str, A
     metadata = {"format": "pt", "cae_fast": json.dumps(facts)}
     write_safetensors(run_dir / "model.safetensors", cpu, metadata)
     write_safetensors(run_dir / "encoder.safetensors", encoder_for_timm(cpu), metadata)
+
+
+def consolidated(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The whole model in float32: masters of a training state, and the model's own fixed tensors."""
+    return {name: state.get(f"param/{name}", tensor).float() for name, tensor in model.state_dict().items()}
 
 
 def load_model_weights(path: str) -> dict[str, Tensor]:

@@ -1,15 +1,18 @@
-"""One process without a framework: compute in bfloat16 or float32, float32 master weights, AdamW on the device.
+"""Training without a framework, alone or plain data parallel: compute in bfloat16 or float32, float32 masters.
 
 A step with a non-finite loss or gradient leaves weights and moments untouched; that decision is taken on the device.
 """
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from cae_fast.config import OptimConfig
-from cae_fast.training.optim import decays, trainable
+from cae_fast.training.checkpoint import consolidated
+from cae_fast.training.distributed import World
+from cae_fast.training.optim import clip_factor, decays, squared_norm, trainable
 from cae_kernels import adamw, adamw_state
 
 PRECISIONS = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -23,13 +26,22 @@ class StepResult(NamedTuple):
 
 
 class Engine:
-    """Model, master weights and optimizer of one process.
+    """Model, master weights and optimizer, the same on every process.
 
     The order of roundings is that of DeepSpeed's ZeRO-1 in bfloat16: masters start from the rounded weights, losses
     are divided by the accumulation steps, gradients are summed in the compute type, clipped in float32.
     """
 
-    def __init__(self, model: nn.Module, optim: OptimConfig, precision: str, device: torch.device, accumulation: int):
+    def __init__(
+        self,
+        model: nn.Module,
+        optim: OptimConfig,
+        precision: str,
+        device: torch.device,
+        accumulation: int,
+        world: World | None = None,
+    ):
+        self.world = World() if world is None else world
         self.module: nn.Module = model.to(device=device, dtype=PRECISIONS[precision])
         self.accumulation, self.clip = accumulation, optim.clip_grad_norm
         self.names = [name for name, _ in trainable(model)]
@@ -57,11 +69,10 @@ class Engine:
         assert self.loss_sum is not None, "step() without backward()"
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         assert len(gradients) == len(self.parameters), "a trainable parameter got no gradient"
-        norm = torch.stack(torch._foreach_norm(gradients, dtype=torch.float32)).norm()
-        skipped = 1.0 - (norm + self.loss_sum).isfinite().float()
-        factor = torch.ones_like(norm)
-        if self.clip > 0:
-            factor /= ((norm + 1e-6) / self.clip).clamp(min=1.0)
+        self.world.average(gradients)
+        norm = squared_norm(gradients).sqrt().float()
+        skipped = 1.0 - (norm + self.world.mean(self.loss_sum)).isfinite().float()
+        factor = clip_factor(norm, self.clip)
         adamw(self.adamw, gradients, lr=lr, betas=self.betas, eps=self.eps, clip_factor=factor, skip=skipped)
         for parameter in self.parameters:
             parameter.grad = None
@@ -74,6 +85,10 @@ class Engine:
         for key, tensors in self._lists():
             state |= {f"{key}/{name}": tensor for name, tensor in zip(self.names, tensors, strict=True)}
         return state
+
+    def state_items(self) -> Iterable[tuple[str, Tensor]]:
+        """`state()` one tensor at a time."""
+        return self.state().items()
 
     @torch.no_grad()
     def load_state(self, state: dict[str, Tensor]) -> None:
@@ -90,5 +105,4 @@ class Engine:
 
     def model_state(self) -> dict[str, Tensor]:
         """The consolidated model in float32: master weights and the fixed position embeddings."""
-        masters = dict(zip(self.names, self.masters, strict=True))
-        return {name: masters.get(name, tensor).float() for name, tensor in self.module.state_dict().items()}
+        return consolidated(self.module, self.state())

@@ -25,6 +25,7 @@ from rich.text import Text
 from torch import Tensor
 
 from cae_fast.config import LogConfig, UserError
+from cae_fast.training.saving import append, survive_disk
 
 # Dense bf16 matrix throughput in FLOP/s (NVIDIA's data sheets; half of the figures given "with sparsity").
 # The first name found as a whole word in the device's name counts.
@@ -106,13 +107,12 @@ class Monitor:
 
     def __enter__(self) -> "Monitor":
         with ExitStack() as stack:
-            self._file = stack.enter_context(open(self.metrics_path, "a", encoding="utf-8"))
             if self.log.tensorboard:
                 # Not at the top of the file: it takes seconds to import.
                 from torch.utils.tensorboard import SummaryWriter
 
                 self._tensorboard = SummaryWriter(self.run_dir / "tensorboard", purge_step=self.start_step + 1)
-                stack.callback(self._tensorboard.close)
+                stack.callback(survive_disk, "tensorboard", self._tensorboard.close)
             if self.log.wandb is not None:
                 self._wandb = _start_wandb(self.log.wandb, self.run_dir)
                 stack.callback(self._wandb.finish)
@@ -182,9 +182,8 @@ class Monitor:
         self.last["skipped_total"] = self.skipped_total
         for step in skipped:
             self._warn_skipped(step)
-        self._file.write(_json_line(self.last))
-        self._file.flush()
-        self._send(self.last)
+        survive_disk("metrics.jsonl", append, self.metrics_path, _json_line(self.last))
+        survive_disk("tensorboard", self._send, self.last)
         self._show(self.last)
 
     def _count_skips(self, skipped: list[_Step], steps: list[_Step]) -> None:
@@ -214,7 +213,8 @@ class Monitor:
 
     def _warn_skipped(self, step: _Step) -> None:
         ids = torch.as_tensor(step.sample_ids).flatten().tolist()
-        self._file.write(_json_line({"event": "skipped_step", "step": step.step, "sample_ids": ids}))
+        event = {"event": "skipped_step", "step": step.step, "sample_ids": ids}
+        survive_disk("metrics.jsonl", append, self.metrics_path, _json_line(event))
         shown = ", ".join(map(str, ids[:IDS_IN_WARNING])) + (" ..." if len(ids) > IDS_IN_WARNING else "")
         text = f"warning: skipped step {step.step}: its loss or gradient was not finite; samples {shown}"
         if self._display is not None:

@@ -1,8 +1,9 @@
-"""Learning rates and parameter groups; all of them pure functions of names, shapes and the step."""
+"""Learning rates, parameter groups and clipping; all of them pure functions."""
 
 import math
 import re
 
+import torch
 from torch import Tensor, nn
 
 from cae_fast.config import OptimConfig, UserError
@@ -56,3 +57,14 @@ def layer_decay_scales(decay: float, depth: int) -> list[float]:
 
 def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def squared_norm(gradients: list[Tensor]) -> Tensor:
+    """Sum of squares as a float64 scalar: rounded once in the end, whatever the order and cut of the tensors."""
+    return torch.stack(torch._foreach_norm(gradients, dtype=torch.float32)).double().square().sum()
+
+
+def clip_factor(norm: Tensor, largest: float) -> Tensor:
+    """What gradients of this norm are multiplied by, a float32 scalar; largest = 0: no clipping."""
+    factor = torch.ones_like(norm)
+    return factor if largest == 0 else factor / ((norm + 1e-6) / largest).clamp(min=1.0)

@@ -9,7 +9,7 @@ from torch import nn
 
 from cae_fast.config import RunConfig, UserError
 from cae_fast.training.checkpoint import load_facts, load_model_weights, load_state, state_files
-from cae_fast.training.engine import Engine
+from cae_fast.training.zero_engine import AnyEngine
 
 log = logging.getLogger(__name__)
 
@@ -17,6 +17,8 @@ FREE_TO_CHANGE = {
     *("log", "checkpoint", "probe", "data.path", "data.index", "data.num_workers", "target.tokenizer"),
     *("target.compile", "encoder.path", "validation"),
     *("train.run_dir", "train.device", "train.micro_batch_size", "train.resume", "train.init_from", "train.max_steps"),
+    *("train.zero", "train.offload_optimizer", "train.activation_checkpointing", "train.deepspeed"),
+    "train.timeout_seconds",
 }
 
 
@@ -40,7 +42,7 @@ def first_backend(path: Path | None) -> str | None:
 
 
 def resume(
-    config: RunConfig, engine: Engine, path: Path, data_fingerprint: str, tokenizer_sha256: str | None = None
+    config: RunConfig, engine: AnyEngine, path: Path, data_fingerprint: str, tokenizer_sha256: str | None = None
 ) -> int:
     """Load a training state. Returns the steps already done; UserError where it belongs to another experiment."""
     state, facts = load_state(path)

@@ -21,11 +21,13 @@ from cae_fast.data.sampling import SamplingPlan
 from cae_fast.training.checkpoint import state_files, write_text
 from cae_fast.training.engine import PRECISIONS
 from cae_fast.training.optim import check_optim
+from cae_fast.training.saving import survive_disk
 from cae_kernels.dispatch import BACKENDS, backend
 
 log = logging.getLogger(__name__)
 MAX_CONSECUTIVE_SKIPS = 10
 DIVERGED = 3
+STOPPED = "stopped.json"
 
 
 def add_settings(parser: argparse.ArgumentParser, schema: type) -> None:
@@ -62,9 +64,8 @@ def sampling_plan(config: RunConfig, index: ImageIndex) -> SamplingPlan:
 
 def check_training(config: RunConfig) -> None:
     check_optim(config.optim)
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world > 1:
-        raise UserError(f"WORLD_SIZE is {world}: this version trains in one process; start it without a launcher")
+    if config.train.timeout_seconds <= 0:
+        raise UserError(f"train.timeout_seconds is {config.train.timeout_seconds}: it must be above 0")
     if config.train.precision not in PRECISIONS:
         raise UserError(f"train.precision is {config.train.precision!r}: set one of {', '.join(PRECISIONS)}")
     if config.train.seed < 0:
@@ -80,21 +81,30 @@ def check_training(config: RunConfig) -> None:
         )
 
 
-def choose_device(train: TrainConfig) -> torch.device:
+def choose_device(train: TrainConfig, local_rank: int = 0) -> torch.device:
+    """The device of this machine's process `local_rank`; a launcher may show every process a device of its own."""
     if train.device not in ("auto", "cuda", "cpu"):
         raise UserError(f"train.device is {train.device!r}: set auto, cuda or cpu")
     if train.device == "cuda" and not torch.cuda.is_available():
         raise UserError("train.device is cuda, but torch finds no CUDA device: set train.device=cpu or auto")
-    return torch.device("cuda" if train.device != "cpu" and torch.cuda.is_available() else "cpu")
+    if train.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if local_rank >= count > 1 or (local_rank and count == 1 and "SLURM_PROCID" not in os.environ):
+        raise UserError(f"this machine has {count} CUDA devices, but more processes: start one for each device")
+    device = torch.device("cuda", local_rank if local_rank < count else 0)
+    torch.cuda.set_device(device)
+    return device
 
 
-def micro_batch_size(train: TrainConfig) -> int:
+def micro_batch_size(train: TrainConfig, processes: int = 1) -> int:
+    """Images per forward pass of each of these processes."""
     total, micro = train.global_batch_size, train.micro_batch_size
-    micro = total if micro is None else micro
-    if total < 1 or micro < 1 or total % micro:
+    micro = total // processes if micro is None else min(micro, total // processes)
+    if total < 1 or micro < 1 or total % (micro * processes):
         raise UserError(
-            f"train.global_batch_size is {total} and train.micro_batch_size {micro}: "
-            "the first must be a multiple of the second, both at least 1"
+            f"train.global_batch_size is {total} and train.micro_batch_size {micro}: the first must be a multiple of "
+            f"the second" + (f" times the {processes} processes" if processes > 1 else "") + ", both at least 1"
         )
     return micro
 
@@ -115,7 +125,9 @@ def kernel_backends(device: torch.device) -> dict[str, str]:
         raise UserError(str(error)) from error
 
 
-def describe(config: RunConfig, run_dir: Path, device: torch.device, kernels: dict[str, str]) -> None:
+def describe(
+    config: RunConfig, run_dir: Path, device: torch.device, kernels: dict[str, str], processes: int = 1
+) -> None:
     """Keep the resolved settings and what they ran on beside the results."""
     write_text(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
@@ -127,6 +139,7 @@ def describe(config: RunConfig, run_dir: Path, device: torch.device, kernels: di
         "torch": torch.__version__,
         "python": sys.version.split()[0],
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "processes": processes,
         "threads": torch.get_num_threads(),
         "kernels": kernels,
     }
@@ -146,3 +159,10 @@ def diverged(run_dir: Path, step: int) -> int:
         run_dir / "metrics.jsonl",
     )
     return DIVERGED
+
+
+def stopped(run_dir: Path, step: int, reason: str) -> int:
+    """Say so, also to scripts: a launcher that was told to stop exits with 1, whatever its processes do."""
+    survive_disk(STOPPED, write_text, run_dir / STOPPED, json.dumps({"step": step, "reason": reason}))
+    log.info("stopped by %s after step %d; run the same command again to continue", reason, step)
+    return 0

@@ -87,6 +87,9 @@ def test_help_lists_every_command_and_setting(capsys):
         (["probe.train=bundled:photographs"], "probe.test"),
         (["checkpoint.every_epochs=0"], "checkpoint.every_epochs"),
         (["train.max_steps=0"], "train.max_steps"),
+        (["train.zero=4"], "train.zero"),
+        (["train.offload_optimizer=true"], "train.zero=1, 2 or 3"),
+        (["train.timeout_seconds=0"], "train.timeout_seconds"),
     ],
 )
 def test_mistakes_are_one_line(images, overrides, said, capsys):
@@ -96,10 +99,12 @@ def test_mistakes_are_one_line(images, overrides, said, capsys):
     assert said in errors[0]
 
 
-def test_a_launcher_is_refused(images, monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    assert main(["pretrain", images]) == 2
-    assert "WORLD_SIZE is 4" in capsys.readouterr().err
+def test_a_launcher_is_refused_where_one_process_trains(tmp_path, monkeypatch, capsys):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "a.yaml").write_text("data: {path: bundled:photographs}")
+    assert main(["train-tokenizer", str(tmp_path / "a.yaml")]) == 2
+    assert "4 processes were started, but train-tokenizer runs in one" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("setting", ["attention=fast", "attention=triton", "speed=triton"])

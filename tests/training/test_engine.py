@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from cae_fast.config import ModelConfig, OptimConfig
 from cae_fast.models.cae import ContextAutoencoder
 from cae_fast.training.engine import Engine
+from host_reads import NoHostReads
 
 CPU = torch.device("cpu")
 
@@ -131,18 +131,6 @@ def test_state_continues_bit_for_bit(precision):
         run(other, batch(seed=step, dtype=dtype))
     ours, theirs = engine.state(), other.state()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-
-class NoHostReads(TorchDispatchMode):
-    """Fails where a value would leave the device, or a shape depend on data."""
-
-    FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal")
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.name().split("::")[1].split(".")[0]
-        assert name not in self.FORBIDDEN, f"{name} waits for the device"
-        assert not (name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])), "boolean index"
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

@@ -73,9 +73,12 @@ def test_drop_path_and_bfloat16_follow_the_reference(monkeypatch, changes):
     images, targets = torch.randn(3, 3, 16, 16), torch.randn(3, 8, 48)
     inputs = ids[:, ::2].contiguous(), ids[:, 1::2].contiguous()
 
-    def gradients(dtype: torch.dtype, kernels: str) -> tuple[float, dict[str, torch.Tensor]]:
+    def gradients(
+        dtype: torch.dtype, kernels: str, checkpointed: bool = False
+    ) -> tuple[float, dict[str, torch.Tensor]]:
         monkeypatch.setenv("CAE_KERNELS", kernels)
         copy = ContextAutoencoder(config, 48, predict_codes=False).to(dtype)
+        copy.checkpoint_blocks(checkpointed)
         copy.load_state_dict({name: value.to(dtype) for name, value in model.state_dict().items()})
         losses = copy(images.to(dtype), *inputs, targets, keep)
         losses.total.backward()
@@ -84,6 +87,9 @@ def test_drop_path_and_bfloat16_follow_the_reference(monkeypatch, changes):
     exact_loss, exact = gradients(torch.float32, "all=reference")
     fused_loss, fused = gradients(torch.float32, "")
     assert fused_loss == pytest.approx(exact_loss, rel=1e-5)
+    again_loss, again = gradients(torch.float32, "", checkpointed=True)
+    assert again_loss == fused_loss
+    assert all(again[name].equal(fused[name]) for name in fused)
     plain_loss, plain = gradients(torch.bfloat16, "all=reference")
     bfloat16_loss, rounded = gradients(torch.bfloat16, "")
     assert bfloat16_loss == pytest.approx(exact_loss, rel=2e-2)
