@@ -57,6 +57,7 @@ from cae_fast.training.run_setup import (
     load_run_config,
     micro_batch_size,
     sampling_plan,
+    stopped,
 )
 from cae_kernels import drop_path_scales
 
@@ -128,18 +129,17 @@ def train(job: "Job", stop: StopRequest) -> int:
             step += 1
             if monitor.consecutive_skips >= MAX_CONSECUTIVE_SKIPS:
                 return diverged(task.run_dir, step)
+            if step % (config.validation.every_epochs * per_epoch) == 0 and step < job.last_step:
+                record_test(job, step)
             if step % (config.checkpoint.every_epochs * per_epoch) == 0:
                 monitor.flush()
                 save(job, saved := step)
-            if step % (config.validation.every_epochs * per_epoch) == 0 and step < job.last_step:
-                record_test(job, step)
             if stop.requested:
                 break
     if saved != step:
         save(job, step)
     if stop.requested and step < job.last_step:
-        log.info("stopped by %s after step %d; run the same command again to continue", stop.requested, step)
-        return 0
+        return stopped(task.run_dir, step, stop.requested)
     facts = {"config": asdict(config), "encoder": task.encoder_sha256, "version": __version__, "step": step}
     classifier = task.run_dir / "classifier.safetensors"
     write_safetensors(classifier, job.optimizer.weights(), {"format": "pt", "cae_fast": json.dumps(facts)})

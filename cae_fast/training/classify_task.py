@@ -24,6 +24,7 @@ from cae_fast.models.tokenizers import file_sha256
 from cae_fast.models.vit import SelfAttention, VisionTransformer
 from cae_fast.training.augmentation import import_eval
 from cae_fast.training.checkpoint import remove_leftovers, write_text
+from cae_fast.training.distributed import read_world
 from cae_fast.training.engine import PRECISIONS
 from cae_fast.training.run_setup import check_training, choose_device, describe, kernel_backends, micro_batch_size
 
@@ -106,6 +107,10 @@ def check_settings(config: ClassifyConfig) -> None:
     head, optim = config.head, config.optim
     if config.data.backend not in ("auto", "cpu", "pil"):
         raise UserError(f"data.backend is {config.data.backend!r}: classify decodes with cpu or pil (auto: cpu)")
+    if (size := read_world().size) > 1:
+        raise UserError(f"{size} processes were started, but classify runs in one: start it without a launcher")
+    if config.train.zero or config.train.offload_optimizer or config.train.activation_checkpointing:
+        raise UserError("train.zero, train.offload_optimizer and train.activation_checkpointing are for pretrain only")
     if config.train.init_from:
         raise UserError(f"train.init_from is {config.train.init_from}: give the encoder as encoder.path")
     if not 0 < config.validation.crop_pct <= 1 or config.validation.every_epochs < 1:
