@@ -12,6 +12,7 @@ from cae_fast.config import UserError
 COMMANDS = {
     "pretrain": "pretrain a context autoencoder on a folder of images",
     "train-tokenizer": "train a discrete VAE whose codes can be a target of pretraining",
+    "classify": "what an encoder knows: linear or attentive probe, k-NN, fine-tuning on labelled images",
     "convert": "turn weights of other code bases into ours and back, without running code from them",
     "index": "scan a folder of images once and write its index",
     "estimate": "memory, time and GPU-hours of a pretraining recipe on N GPUs, without a GPU",

@@ -241,7 +241,90 @@ class TrainTokenizerConfig:
     log: LogConfig = field(default_factory=LogConfig)
 
 
-RunConfig = PretrainConfig | TrainTokenizerConfig
+@dataclass
+class EncoderConfig:
+    path: str = ""
+    """Anything that `cae_fast.load_encoder` reads: encoder.safetensors of a run, what `cae-fast convert` writes, timm's
+    vision transformers."""
+    image_size: int | None = None
+    """Side of the input in pixels; another than the file's interpolates the positions, which stay frozen."""
+    drop_path_rate: float = 0.0
+    """finetune: highest drop-path rate; it rises from 0 over the depth."""
+    rel_pos_bias: bool = False
+    """finetune: learned relative position biases in every block, 0 at first, beside the sine-cosine positions. The
+    original code fine-tuned with them (its default; one table a block, with weight decay); attention then runs in
+    torch's scaled_dot_product_attention."""
+
+
+@dataclass
+class HeadConfig:
+    kind: str = ""
+    """Set by --head: linear, attentive, knn or finetune."""
+    features: str | None = None
+    """linear, knn: class_token (the paper's, empty for linear) or patch_mean, the mean of the patch tokens (empty for
+    knn)."""
+    class_token: bool = False
+    """attentive: the class token is among the keys and values, as in the original code; the paper has the patches."""
+    cache_features: bool = False
+    """linear, attentive: encode every image once, cut as for validation, and train the head on that: without random
+    crops and flips, in the memory of this machine."""
+    k: int = 20
+    """knn: neighbours that vote."""
+
+
+@dataclass
+class ValidationConfig:
+    path: str = ""
+    """Labelled images to test on: a folder of a folder for each class, tar files or `bundled:NAME`."""
+    index: str | None = None
+    """Index folder of these images, as data.index."""
+    crop_pct: float = 0.875
+    """The shorter side is resized to image_size / crop_pct, then the central square is cut out (224 of 256)."""
+    every_epochs: int = 10
+    """Test every so many epochs, and at the end."""
+
+
+@dataclass
+class ClassifyOptimConfig(OptimConfig):
+    """By head: linear LARS (trust 0.001), attentive SGD (Nesterov), finetune AdamW."""
+
+    weight_decay: float = 0.0
+    """Constant; not applied to biases, other one-dimensional parameters and the class token."""
+    clip_grad_norm: float = 0.0
+    """Largest global norm of the gradient; 0 turns clipping off, as in the original."""
+    momentum: float = 0.9
+    """linear, attentive."""
+    layer_decay: float = 1.0
+    """finetune: every layer below the head has its learning rate multiplied by this once more."""
+
+
+@dataclass
+class AugmentConfig:
+    rand_augment: str = ""
+    """RandAugment in timm's notation, as rand-m9-mstd0.5-inc1; empty: none."""
+    random_erasing: float = 0.0
+    """Probability of replacing a rectangle by noise."""
+    mixup: float = 0.0
+    """Alpha of mixup; 0: none."""
+    cutmix: float = 0.0
+    """Alpha of CutMix; 0: none. With mixup, one of the two is drawn for each micro-batch."""
+    label_smoothing: float = 0.0
+
+
+@dataclass
+class ClassifyConfig:
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    optim: ClassifyOptimConfig = field(default_factory=ClassifyOptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+RunConfig = PretrainConfig | TrainTokenizerConfig | ClassifyConfig
 
 
 def load_config(schema: type, path: str | None, overrides: list[str]) -> Any:
@@ -280,10 +363,15 @@ def _unknown_key(schema: type, key: str) -> str:
 def field_docs(schema: type, prefix: str = "", defaults: Any = None) -> dict[str, tuple[Any, str]]:
     """Every leaf setting of a configuration class: {dotted name: (default, the text below the field)}."""
     texts: dict[str, str] = {}
-    body = ast.parse(inspect.getsource(schema)).body[0].body  # type: ignore[attr-defined]
-    for node, after in pairwise(body):
-        if isinstance(node, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
-            texts[node.target.id] = str(after.value.value)  # type: ignore[union-attr]
+    for part in schema.__mro__[-2::-1]:  # a subclass may say more of a field
+        body = ast.parse(inspect.getsource(part)).body[0].body  # type: ignore[attr-defined]
+        for node, after in pairwise(body):
+            if (
+                isinstance(node, ast.AnnAssign)
+                and isinstance(after, ast.Expr)
+                and isinstance(after.value, ast.Constant)
+            ):
+                texts[node.target.id] = str(after.value.value)  # type: ignore[union-attr]
     docs: dict[str, tuple[Any, str]] = {}
     defaults = schema() if defaults is None else defaults
     for item in fields(schema):

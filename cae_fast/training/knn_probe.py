@@ -52,6 +52,20 @@ def knn_accuracy(
     (T, D) of any float type, labels integers (M,) and (T,) below num_classes, all on one device.
     Raises UserError for a k outside 1..M and ValueError for features that are not finite.
     """
+    votes = knn_votes(train_features, train_labels, test_features, k, num_classes, temperature)  # (T, num_classes)
+    return int((votes.argmax(dim=1) == test_labels).sum()) / len(test_features)
+
+
+@torch.no_grad()
+def knn_votes(
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    k: int,
+    num_classes: int,
+    temperature: float = 0.07,
+) -> Tensor:
+    """The votes of `knn_accuracy`, float32 (T, num_classes), up to a factor for each test sample."""
     samples = len(train_features)
     if not 1 <= k <= samples:
         raise UserError(f"probe.k={k}: give a number from 1 to {samples}, the number of training images")
@@ -59,13 +73,11 @@ def knn_accuracy(
         raise ValueError("k-NN probe: the features are not finite")
     train = F.normalize(train_features.float(), dim=1)  # (M, D)
     test = F.normalize(test_features.float(), dim=1)  # (T, D)
-    correct = 0
+    votes = train.new_zeros(len(test), num_classes)  # (T, num_classes)
     rows = max(SIMILARITIES_AT_ONCE // samples, 1)
-    for queries, truth in zip(test.split(rows), test_labels.split(rows), strict=True):
+    for queries, part in zip(test.split(rows), votes.split(rows), strict=True):
         similarity, neighbours = (queries @ train.T).topk(k, dim=1)  # (B, k)
         # Relative to the nearest neighbour: the same winner, and no overflow at a low temperature.
         weights = ((similarity - similarity[:, :1]) / temperature).exp()
-        votes = weights.new_zeros(len(queries), num_classes)  # (B, num_classes)
-        votes.scatter_add_(1, train_labels[neighbours], weights)
-        correct += int((votes.argmax(dim=1) == truth).sum())
-    return correct / len(test)
+        part.scatter_add_(1, train_labels[neighbours], weights)
+    return votes

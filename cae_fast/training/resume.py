@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 FREE_TO_CHANGE = {
     *("log", "checkpoint", "probe", "data.path", "data.index", "data.num_workers", "target.tokenizer"),
-    "target.compile",
+    *("target.compile", "encoder.path", "validation"),
     *("train.run_dir", "train.device", "train.micro_batch_size", "train.resume", "train.init_from", "train.max_steps"),
     *("train.zero", "train.offload_optimizer", "train.activation_checkpointing", "train.deepspeed"),
     "train.timeout_seconds",

@@ -1,0 +1,116 @@
+"""LARS, SGD and AdamW with layer decay for classifiers: torch's and timm's optimizers on float32 master weights."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cae_fast.config import ClassifyOptimConfig
+from cae_fast.models.heads import AttentiveProbe, Classifier, LinearProbe
+from cae_fast.training.engine import StepResult
+from cae_fast.training.optim import decays, layer_decay_scales, layer_id, trainable
+
+
+def parameter_groups(named: dict[str, nn.Parameter], optim: ClassifyOptimConfig, depth: int) -> list[dict[str, Any]]:
+    """Groups with `lr_scale`, by layer and weight decay, of the parameters of a Classifier with `depth` blocks.
+
+    Layer ids as in BEiT and the original code: 0 class token and patch embedding, i + 1 block i (its bias table, too),
+    depth + 1 the head with its norm; the scale is layer_decay ** (depth + 1 - id). timm's param_groups_layer_decay
+    counts the layers that a model without head has, which makes every scale one power too large.
+    """
+    scales = layer_decay_scales(optim.layer_decay, depth)
+    groups: dict[tuple[float, bool], dict[str, Any]] = {}
+    for name, parameter in named.items():
+        scale = scales[layer_id(name.removeprefix("encoder."), depth)]
+        decayed = decays(name, parameter) and not name.endswith("cls_token")
+        settings = {"lr_scale": scale, "weight_decay": optim.weight_decay if decayed else 0.0, "always_adapt": decayed}
+        groups.setdefault((scale, decayed), {"params": [], **settings})["params"].append(parameter)
+    return list(groups.values())
+
+
+def make_optimizer(head: nn.Module, groups: list[dict[str, Any]], optim: ClassifyOptimConfig) -> torch.optim.Optimizer:
+    """LARS for the linear probe, SGD with Nesterov momentum for the attentive one, AdamW for fine-tuning.
+
+    LARS (arXiv 1708.03888) scales a weight's gradient by 0.001 |w| / |g|; biases have momentum alone. timm's skips the
+    scaling where weight_decay is 0, unless the group's always_adapt says otherwise: it does for weights.
+    """
+    if isinstance(head, LinearProbe):
+        from timm.optim import Lars
+
+        return Lars(groups, lr=optim.lr, momentum=optim.momentum, trust_coeff=0.001)
+    if isinstance(head, AttentiveProbe):
+        return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum, nesterov=optim.momentum > 0)
+    cuda = groups[0]["params"][0].is_cuda
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.betas[0], optim.betas[1]), eps=optim.eps, fused=cuda)
+
+
+class ClassifierOptimizer:
+    """Updates a classifier's trainable parameters through float32 masters, which are the parameters where they can be.
+
+    Nothing in a step waits for the device. Where loss or gradient are not finite, the step's gradient counts as 0.
+    """
+
+    def __init__(self, model: Classifier, optim: ClassifyOptimConfig):
+        self.parameters = dict(trainable(model))
+        self.masters = {
+            name: parameter if parameter.dtype == torch.float32 else nn.Parameter(parameter.detach().float())
+            for name, parameter in self.parameters.items()
+        }
+        self.buffers = dict(model.head.named_buffers())  # running means of the BatchNorm
+        self.clip = optim.clip_grad_norm
+        self.groups = parameter_groups(self.masters, optim, len(model.encoder.blocks))
+        self.optimizer = make_optimizer(model.head, self.groups, optim)
+
+    @torch.no_grad()
+    def step(self, loss: Tensor, lr: float) -> StepResult:
+        """Clip, update and clear the gradients; `loss` is only looked at."""
+        for name, master in self.masters.items():
+            parameter = self.parameters[name]
+            if parameter is not master:
+                assert parameter.grad is not None, f"{name} got no gradient"
+                master.grad, parameter.grad = parameter.grad.float(), None
+        gradients = [master.grad for master in self.masters.values() if master.grad is not None]
+        assert len(gradients) == len(self.masters), "a trainable parameter got no gradient"
+        norm = torch.stack(torch._foreach_norm(gradients)).norm()
+        finite = (norm + loss).isfinite()
+        factor = finite.float()
+        if self.clip > 0:
+            factor = factor * (self.clip / (norm + 1e-6)).clamp(max=1.0).nan_to_num()
+        for gradient in gradients:
+            gradient.nan_to_num_(0.0, 0.0, 0.0).mul_(factor)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        for name, master in self.masters.items():
+            if self.parameters[name] is not master:
+                self.parameters[name].copy_(master)
+        return StepResult(norm, 1.0 - finite.float())
+
+    def weights(self) -> dict[str, Tensor]:
+        """What is trained, in float32, and the head's buffers, on the CPU."""
+        return {name: tensor.detach().cpu() for name, tensor in (self.masters | self.buffers_by_name()).items()}
+
+    def buffers_by_name(self) -> dict[str, Tensor]:
+        return {f"head.{name}": tensor for name, tensor in self.buffers.items()}
+
+    def state(self) -> dict[str, Tensor]:
+        """Training state: `param/NAME`, `buffer/NAME`, and the optimizer's, as `momentum_buffer/NAME`."""
+        state = {f"param/{name}": master.detach() for name, master in self.masters.items()}
+        state |= {f"buffer/{name}": tensor for name, tensor in self.buffers_by_name().items()}
+        for name, master in self.masters.items():
+            state |= {f"{key}/{name}": value for key, value in self.optimizer.state[master].items()}
+        return state
+
+    @torch.no_grad()
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Continue from `state()`; raises KeyError or RuntimeError when it belongs to another classifier."""
+        for key, tensors in (("param", self.masters), ("buffer", self.buffers_by_name())):
+            for name, tensor in tensors.items():
+                tensor.copy_(state[f"{key}/{name}"])
+        for name, master in self.masters.items():
+            self.parameters[name].copy_(master)
+        for label, value in state.items():
+            key, name = label.split("/")
+            if key not in ("param", "buffer"):
+                self.optimizer.state[self.masters[name]][key] = value.to(self.masters[name].device)

@@ -1,0 +1,170 @@
+"""An encoder and labelled images to train and to test it on: what every protocol of `cae-fast classify` shares.
+
+B batch, N patches, S image side, K classes.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Generator
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cae_fast import __version__
+from cae_fast.config import ClassifyConfig, UserError
+from cae_fast.data.index import ImageIndex, index_for
+from cae_fast.data.loader import labelled_loader, resolve_num_workers
+from cae_fast.data.normalize import Normalize
+from cae_fast.models.encoder import load_encoder
+from cae_fast.models.tokenizers import file_sha256
+from cae_fast.models.vit import SelfAttention, VisionTransformer
+from cae_fast.training.augmentation import import_eval
+from cae_fast.training.checkpoint import remove_leftovers, write_text
+from cae_fast.training.distributed import read_world
+from cae_fast.training.engine import PRECISIONS
+from cae_fast.training.run_setup import check_training, choose_device, describe, kernel_backends, micro_batch_size
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Task:
+    """A frozen or pretrained encoder, and labelled images to train and to test on."""
+
+    config: ClassifyConfig
+    run_dir: Path
+    device: torch.device
+    encoder: VisionTransformer
+    encoder_sha256: str
+    index: ImageIndex
+    validation_index: ImageIndex
+    normalize: Normalize
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return PRECISIONS[self.config.train.precision]
+
+    @property
+    def num_classes(self) -> int:
+        return int(max(self.index.labels.max(), self.validation_index.labels.max())) + 1
+
+    @property
+    def image_size(self) -> int:
+        return self.encoder.grid * self.encoder.patch_embed.patch_size
+
+    @property
+    def num_heads(self) -> int:
+        attention = self.encoder.blocks[0].attn
+        assert isinstance(attention, SelfAttention)
+        return attention.num_heads
+
+    def images(self, index: ImageIndex) -> Generator[tuple[Tensor, Tensor], None, None]:
+        """All images of an index, cut as for validation, with their labels; batches that lost all are left out."""
+        workers = resolve_num_workers(self.config.data.num_workers, 1)
+        batch_size, crop_pct = micro_batch_size(self.config.train), self.config.validation.crop_pct
+        with closing(labelled_loader(index, self.image_size, batch_size, workers, crop_pct=crop_pct)) as batches:
+            yield from ((images, labels) for images, labels in batches if len(labels))
+
+
+def prepare_task(config: ClassifyConfig) -> Task:
+    """Check the settings, load the encoder and open the images."""
+    check_training(config)
+    check_settings(config)
+    for module in ("torchmetrics.classification", *(["timm.optim"] if config.head.kind == "linear" else [])):
+        import_eval(module)
+    device = choose_device(config.train)
+    encoder = load_encoder(config.encoder.path, config.encoder.image_size)
+    run_dir = Path(config.train.run_dir)
+    index = index_for(config.data, run_dir)
+    validation = replace(config.data, path=config.validation.path, index=config.validation.index)
+    validation_index = index_for(validation, run_dir)
+    for name, part in (("data", index), ("validation", validation_index)):
+        log.info("%s: %s", name, part)
+        if part.labels.min() < 0:
+            raise UserError(
+                f"{name}.path: {part.source} has images without a label: each must lie in its class's folder"
+            )
+    if index.classes != validation_index.classes:
+        odd = sorted(set(index.classes) ^ set(validation_index.classes))[:3]
+        raise UserError(
+            f"data.path and validation.path have other classes ({len(index.classes)} and "
+            f"{len(validation_index.classes)}; in one alone: {', '.join(odd)})"
+        )
+    encoder.to(device=device, dtype=PRECISIONS[config.train.precision])
+    run_dir.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(run_dir)
+    describe(config, run_dir, device, kernel_backends(device))
+    normalize = Normalize(config.data.mean, config.data.std, device)
+    sha256 = file_sha256(config.encoder.path)
+    return Task(config, run_dir, device, encoder, sha256, index, validation_index, normalize)
+
+
+def check_settings(config: ClassifyConfig) -> None:
+    head, optim = config.head, config.optim
+    if config.data.backend not in ("auto", "cpu", "pil"):
+        raise UserError(f"data.backend is {config.data.backend!r}: classify decodes with cpu or pil (auto: cpu)")
+    if (size := read_world().size) > 1:
+        raise UserError(f"{size} processes were started, but classify runs in one: start it without a launcher")
+    if config.train.zero or config.train.offload_optimizer or config.train.activation_checkpointing:
+        raise UserError("train.zero, train.offload_optimizer and train.activation_checkpointing are for pretrain only")
+    if config.train.init_from:
+        raise UserError(f"train.init_from is {config.train.init_from}: give the encoder as encoder.path")
+    if not 0 < config.validation.crop_pct <= 1 or config.validation.every_epochs < 1:
+        raise UserError(
+            f"validation.crop_pct is {config.validation.crop_pct}, validation.every_epochs "
+            f"{config.validation.every_epochs}: the first must be above 0 and at most 1, the second at least 1"
+        )
+    if not (0 <= config.encoder.drop_path_rate < 1 and 0 <= optim.momentum < 1 and 0 < optim.layer_decay <= 1):
+        raise UserError(
+            f"encoder.drop_path_rate is {config.encoder.drop_path_rate}, optim.momentum {optim.momentum}, "
+            f"optim.layer_decay {optim.layer_decay}: from 0 to below 1 the first two, above 0 to 1 the third"
+        )
+    if head.features not in (None, "class_token", "patch_mean") or (
+        head.features and head.kind not in ("linear", "knn")
+    ):
+        raise UserError(f"head.features is {head.features!r}: class_token or patch_mean, with --head linear or knn")
+    if head.kind != "finetune":
+        for name in ("drop_path_rate", "rel_pos_bias"):
+            if getattr(config.encoder, name):
+                raise UserError(f"encoder.{name} is {getattr(config.encoder, name)}: only --head finetune trains it")
+    if head.cache_features:
+        if head.kind == "finetune":
+            raise UserError("head.cache_features is true: --head finetune changes the features")
+        used = [name for name, value in asdict(config.augment).items() if value and name != "label_smoothing"]
+        if used:
+            raise UserError(f"head.cache_features is true: cached features cannot have augment.{used[0]}")
+
+
+@torch.no_grad()
+def test(task: Task, classify: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """Top-1 and top-5 (0..1) on the validation images of a classifier: uint8 images (B, 3, S, S) to scores (B, K)."""
+    classification = import_eval("torchmetrics.classification")
+    settings = {"num_classes": task.num_classes, "average": "micro", "validate_args": False}
+    accuracies = [
+        classification.MulticlassAccuracy(top_k=k, **settings).to(task.device) for k in (1, min(5, task.num_classes))
+    ]
+    count = 0
+    with closing(task.images(task.validation_index)) as batches:
+        for images, labels in batches:
+            scores = classify(images.to(task.device))  # (B, K)
+            for accuracy in accuracies:
+                accuracy.update(scores, labels.to(task.device))
+            count += len(labels)
+    # float32 means of a whole number of hits
+    top1, top5 = (round(accuracy.compute().item() * count) / count for accuracy in accuracies)
+    return {"top1": top1, "top5": top5, "images": count}
+
+
+def report(task: Task, result: dict[str, Any], step: int) -> int:
+    """Write results.json and say what it holds."""
+    path, config = Path(task.config.encoder.path), task.config
+    facts = {"head": config.head.kind, **result, "step": step, "encoder": path.name, "sha256": task.encoder_sha256}
+    facts |= {"train_images": len(task.index), "config": asdict(config), "version": __version__}
+    write_text(task.run_dir / "results.json", json.dumps(facts, indent=1) + "\n")
+    top1, top5, count = result["top1"], result["top5"], result["images"]
+    print(f"{config.head.kind}: top-1 {top1:.2%}, top-5 {top5:.2%} of {count:,} images ({task.run_dir})", flush=True)
+    return 0
