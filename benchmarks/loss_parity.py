@@ -26,8 +26,10 @@ from train_step import write_tokenizer
 
 from cae_fast.commands.pretrain import make_inputs, micro_batches, prepare, train_step
 from cae_fast.config import PretrainConfig
+from cae_fast.training.distributed import World
 from cae_fast.training.inputs import inputs_ahead
 from cae_fast.training.optim import scheduled_lr
+from cae_fast.training.run_setup import choose_device
 
 # precision, CAE_KERNELS
 PATHS = {
@@ -83,7 +85,8 @@ def train_path(path: str, seed: int, steps: int) -> list[float]:
         os.environ["CAE_KERNELS"] = kernels
     try:
         with tempfile.TemporaryDirectory() as folder:
-            job = prepare(settings(Path(folder), precision, seed, steps))
+            config = settings(Path(folder), precision, seed, steps)
+            job = prepare(config, World(), choose_device(config.train))
             losses = []
             with closing(micro_batches(job)) as batches:
                 for inputs, _ in inputs_ahead(batches, partial(make_inputs, job), job.device):
@@ -101,7 +104,7 @@ def settings(folder: Path, precision: str, seed: int, steps: int) -> PretrainCon
     config.model.size, config.model.image_size = ("small", 224) if cuda else ("tiny", 28)
     config.mask.min_block = 16 if cuda else 4
     config.target.kind, config.target.tokenizer = "codes", str(write_tokenizer(folder, "tiny"))
-    config.data.path = "bundled:fashion-mnist/train"
+    config.data.path, config.data.backend = "bundled:fashion-mnist/train", "cpu"
     config.optim.epochs, config.optim.warmup_epochs, config.optim.lr = 4, 1, 1e-3
     config.train.run_dir, config.train.seed = str(folder / "run"), seed
     config.train.precision, config.train.max_steps = precision, steps

@@ -47,8 +47,10 @@ from cae_fast.data.loader import Batch
 from cae_fast.models.dalle import DalleEncoder
 from cae_fast.models.flops import pretraining_flops
 from cae_fast.training.checkpoint import write_safetensors
+from cae_fast.training.distributed import World
 from cae_fast.training.inputs import inputs_ahead
 from cae_fast.training.monitor import device_peak_flops
+from cae_fast.training.run_setup import choose_device
 
 VARIANTS = ("ours", "reference", "compiled", "original")
 # size, image side, batch, width of the tokenizer, codes
@@ -168,6 +170,7 @@ def make_job(asked: dict[str, Any]) -> Job:
     config.target.kind, config.target.tokenizer = "codes", asked["tokenizer"]
     config.target.compile = asked["variant"] == "compiled"
     config.data.path = asked["data"] or str(small_images(folder / f"images-{batch}", batch))
+    config.data.backend = "auto" if asked["data"] else "cpu"
     config.optim.epochs, config.optim.warmup_epochs = 1_000_000, 1
     config.train.run_dir = str(folder / f"run-{asked['model']}-{asked['variant']}")
     config.train.resume = "never"
@@ -175,7 +178,7 @@ def make_job(asked: dict[str, Any]) -> Job:
     config.train.precision = "bfloat16" if torch.cuda.is_available() else "float32"
     config.train.max_steps = asked["warmup"] + asked["steps"] + PROFILED
     config.log.tensorboard = False
-    return prepare(config)
+    return prepare(config, World(), choose_device(config.train))
 
 
 def small_images(folder: Path, count: int) -> Path:
