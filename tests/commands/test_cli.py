@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from cae_fast import __version__
 from cae_fast.cli import COMMANDS, main
-from cae_fast.config import PretrainConfig, TrainTokenizerConfig, UserError, field_docs, load_config
+from cae_fast.config import ClassifyConfig, PretrainConfig, TrainTokenizerConfig, UserError, field_docs, load_config
 
 
 @pytest.fixture
@@ -129,8 +129,9 @@ def test_broken_yaml(tmp_path, capsys):
 def test_every_config_is_valid(pytestconfig):
     files = sorted((pytestconfig.rootpath / "configs").rglob("*.yaml"))
     assert files
+    schemas = {"tokenizer": TrainTokenizerConfig, "classify": ClassifyConfig}
     for file in files:
-        schema = TrainTokenizerConfig if file.parent.name == "tokenizer" else PretrainConfig
+        schema = schemas.get(file.parent.name, PretrainConfig)
         config = load_config(schema, str(file), [])
         assert OmegaConf.structured(config) is not None
         assert file.read_text().startswith("# "), f"{file} has no header"
