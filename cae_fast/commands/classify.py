@@ -191,7 +191,7 @@ def save(job: "Job", step: int) -> None:
 def resume(job: "Job", path: Path) -> int:
     """Load a training state. Returns the steps already done; UserError where it belongs to another experiment."""
     task, (state, facts) = job.task, load_state(path)
-    changed = changed_settings(facts["config"], asdict(task.config))
+    changed = changed_settings(facts["config"], asdict(task.config), asdict(type(task.config)()))
     if facts["data"] != task.index.fingerprint:
         changed.append("data (the images or their order changed)")
     if facts["encoder"] != task.encoder_sha256:

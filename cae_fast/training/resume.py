@@ -46,7 +46,7 @@ def resume(
 ) -> int:
     """Load a training state. Returns the steps already done; UserError where it belongs to another experiment."""
     state, facts = load_state(path)
-    changed = changed_settings(facts["config"], asdict(config))
+    changed = changed_settings(facts["config"], asdict(config), asdict(type(config)()))
     if facts["data"] != data_fingerprint:
         changed.append("data (the images or their order changed)")
     if facts.get("tokenizer") != tokenizer_sha256:
@@ -64,17 +64,18 @@ def resume(
     return facts["step"]
 
 
-def changed_settings(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """Settings that change what is computed, as `name was A, is B`."""
+def changed_settings(old: dict[str, Any], new: dict[str, Any], defaults: dict[str, Any], prefix: str = "") -> list[str]:
+    """Settings that change what is computed, as `name was A, is B`. One that `old` does not know had its default."""
     changed = []
     for key, value in new.items():
         name = prefix + key
         if name in FREE_TO_CHANGE:
             continue
+        before = old.get(key, defaults[key])
         if isinstance(value, dict):
-            changed += changed_settings(old.get(key, {}), value, f"{name}.")
-        elif value != old.get(key):
-            changed.append(f"{name} was {old.get(key)}, is {value}")
+            changed += changed_settings(before, value, defaults[key], f"{name}.")
+        elif value != before:
+            changed.append(f"{name} was {before}, is {value}")
     return changed
 
 
