@@ -26,7 +26,14 @@ from cae_fast.training.augmentation import import_eval
 from cae_fast.training.checkpoint import remove_leftovers, write_text
 from cae_fast.training.distributed import read_world
 from cae_fast.training.engine import PRECISIONS
-from cae_fast.training.run_setup import check_training, choose_device, describe, kernel_backends, micro_batch_size
+from cae_fast.training.run_setup import (
+    STOPPED,
+    check_training,
+    choose_device,
+    describe,
+    kernel_backends,
+    micro_batch_size,
+)
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +104,7 @@ def prepare_task(config: ClassifyConfig) -> Task:
     encoder.to(device=device, dtype=PRECISIONS[config.train.precision])
     run_dir.mkdir(parents=True, exist_ok=True)
     remove_leftovers(run_dir)
+    (run_dir / STOPPED).unlink(missing_ok=True)
     describe(config, run_dir, device, kernel_backends(device))
     normalize = Normalize(config.data.mean, config.data.std, device)
     sha256 = file_sha256(config.encoder.path)

@@ -1,7 +1,11 @@
 """`cae-fast classify` as a user runs it, on a small folder of images."""
 
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -180,6 +184,33 @@ def test_a_stopped_run_ends_the_same(place, head, overrides):
     assert [line["step"] for line in metrics(stopped)][-1] == STEPS
 
 
+def test_sigterm_leaves_a_checkpoint_and_the_run_goes_on(place):
+    overrides = ["optim.epochs=40", "log.every_steps=1"]
+    folder = place / "runs/terminated"
+    arguments = ["--head", "attentive", str(place / "small.yaml"), f"encoder.path={place / 'encoder.safetensors'}"]
+    arguments += [f"data.path={place / 'train'}", f"validation.path={place / 'test'}", f"train.run_dir={folder}"]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cae_fast", "classify", *arguments, *overrides],
+        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while process.poll() is None and not ((folder / "metrics.jsonl").exists() and metrics(folder)):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    step = json.loads((folder / "stopped.json").read_text())["step"]
+    assert f"stopped by SIGTERM after step {step}" in errors
+    assert 0 < step < 120
+    assert not (folder / "results.json").exists()
+    run(place, "attentive", "terminated", *overrides)
+    assert not (folder / "stopped.json").exists()
+    whole = run(place, "attentive", "not_terminated", *overrides)
+    assert same_tensors(whole / "classifier.safetensors", folder / "classifier.safetensors")
+
+
 def test_augmentation_continues_exactly(place, timm):
     overrides = ["optim.lr=5e-3", "augment.mixup=0.8", "augment.cutmix=1.0", "augment.random_erasing=0.3"]
     overrides += ["augment.rand_augment=rand-m9-mstd0.5-inc1", "optim.epochs=2"]
@@ -241,6 +272,7 @@ def test_more_images_than_gradients_need_the_same_step(place):
         ("linear", ["optim.momentum=1.0"], "optim.momentum 1.0"),
         ("linear", ["optim.layer_decay=0"], "optim.layer_decay 0.0"),
         ("linear", ["optim.momentun=1.0"], "unknown setting optim.momentun; the nearest valid one is optim.momentum"),
+        ("linear", ["train.zero=1"], "train.zero"),
         ("linear", ["train.init_from=x"], "train.init_from is x: give the encoder as encoder.path"),
         ("linear", ["data.backend=dali"], "data.backend is 'dali'"),
         ("linear", ["train.global_batch_size=400"], "train.global_batch_size=400: must be 1 to 120"),
