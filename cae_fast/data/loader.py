@@ -129,7 +129,7 @@ def pretrain_loader(
     sampler = _MicroBatches(range(start_step, stop_step), rank * share, share, micro_batch_size)
     if decoder == "dali":
         if augment is not None:
-            raise ValueError("DALI's images are not augmented: take another decoder")
+            raise UserError("data.backend is dali, which does not augment images: set data.backend=cpu")
         from cae_fast.data.dali import EncodedImages, decoded_batches
 
         loader = _data_loader(EncodedImages(images), sampler, num_workers)
