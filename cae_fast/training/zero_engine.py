@@ -26,6 +26,7 @@ from cae_fast.training.optim import clip_factor, decays, squared_norm, trainable
 from cae_kernels import adamw, adamw_state
 from cae_kernels.adamw import AdamWState
 
+log = logging.getLogger(__name__)
 KEYS = (("param", None), ("exp_avg", "exp_avg"), ("exp_avg_sq", "exp_avg_sq"))
 """Our names and DeepSpeed's of what is kept for a parameter."""
 
@@ -282,6 +283,10 @@ AnyEngine = Engine | ZeroEngine
 def make_engine(
     model: nn.Module, config: PretrainConfig, device: torch.device, accumulation: int, world: World
 ) -> AnyEngine:
-    if zero_stage(config.train, world):
+    stage = zero_stage(config.train, world)
+    if stage or world.size > 1:
+        name = f"DeepSpeed ZeRO-{stage}" if stage else "plain data parallel"
+        log.info("engine: %s, processes: %d, micro-batches a step: %d", name, world.size, accumulation)
+    if stage:
         return ZeroEngine(model, config, device, accumulation, world)
     return Engine(model, config.optim, config.train.precision, device, accumulation, world)
