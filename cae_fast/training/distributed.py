@@ -201,7 +201,9 @@ def joined(world: World, device: torch.device, timeout_seconds: float, alone: bo
         return
     timeout = timedelta(seconds=timeout_seconds)
     _connect(world, device, timeout)
-    world.patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+    everyone = dist.new_group(backend="gloo", timeout=PATIENCE)
+    assert isinstance(everyone, dist.ProcessGroup)
+    world.patient = everyone
     if world.size > 1:
         world.watchdog = Watchdog(timeout_seconds, world.rank)
     try:
