@@ -4,6 +4,7 @@
 #
 #   benchmarks/run_gpu.sh                  all, in less than 9 minutes on an H100
 #   benchmarks/run_gpu.sh --quick          2 minutes: some kernels, ViT-L, ours against the original
+#   benchmarks/run_gpu.sh --data           data loading with DALI, which must be installed, and masks; 9 minutes
 #   benchmarks/run_gpu.sh --cpu-rehearsal  the same code at tiny sizes on a CPU; writes to a temporary folder
 #
 # A suite that fails or runs out of time does not stop the others; the exit status is 1 then. Needs no installation of
@@ -17,8 +18,9 @@ mode=${1:-full}
 case $mode in
   full) budget=530 ;;
   --quick) budget=118 ;;
+  --data) budget=530 ;;
   --cpu-rehearsal) budget=900; export CUDA_VISIBLE_DEVICES= ; OUT=${OUT:-$(mktemp -d)} ;;
-  *) echo "run_gpu.sh: no option $mode; --quick or --cpu-rehearsal" >&2; exit 2 ;;
+  *) echo "run_gpu.sh: no option $mode; --quick, --data or --cpu-rehearsal" >&2; exit 2 ;;
 esac
 device=$("$PYTHON" -c 'import sys; sys.path.insert(0, "benchmarks"); from record import *; print(folder_name(device_name()))') || exit 1
 if [ "$mode" != --cpu-rehearsal ] && [ "$device" = cpu ]; then
@@ -64,6 +66,12 @@ case $mode in
     bench correctness 45 correctness.py -- tests/kernels -x -k "attention or residual"
     bench train_step 55 train_step.py --models ViT-L --variants ours original --steps 10
     bench ops 25 ops.py --shapes ViT-L --seconds 0.05 -k attention
+    ;;
+  --data)
+    bench correctness_data 150 correctness.py -- tests/data
+    bench masks 60 masks.py
+    bench data_loading 320 data_loading.py --workers 4 8 12 --repeats 2 --seconds 3 \
+      --ways "PIL + torchvision DataLoader" ours "DALI GPU" "ours, DALI GPU"
     ;;
   --cpu-rehearsal)
     bench correctness 60 correctness.py -- tests/kernels/test_linear_gelu.py tests/kernels/test_attention.py

@@ -59,6 +59,12 @@ def test_on_a_gpu(run):
     assert names(calls) == ["correctness", "train_step", "ops"]
 
 
+def test_data_alone(run):
+    done, calls = run("--data", "nvidia-h100-80gb-hbm3")
+    assert done.returncode == 0
+    assert names(calls) == ["correctness", "masks", "data_loading"]
+
+
 def test_unknown_option(run):
     done, _ = run("--fast", "cpu")
     assert done.returncode == 2
