@@ -25,6 +25,7 @@ extras = {
         "mypy>=1.18",
         "vector-quantize-pytorch>=1.22",
         "timm>=1.0.26",
+        "torchmetrics>=1.8",
         "attrs>=23.1",
         "requests>=2.32",
     ],
