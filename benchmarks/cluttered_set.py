@@ -1,6 +1,6 @@
 """A labelled set of cluttered colour images: Fashion-MNIST garments, tinted, pasted on crops of photographs.
 
-40 x 40 pixels, one garment of 24 to 36 pixels at a random place, drawn from its class folder in the bundled images;
+40 x 40 pixels, one garment of 32 to 40 pixels at a random place, drawn from its class folder in the bundled images;
 backgrounds of the test images come from photographs that no training image shows. Everything is decided by the seed.
 """
 
@@ -14,9 +14,9 @@ from PIL import Image
 from cae_fast.data.bundled import bundled_path
 
 SIDE = 40
-GARMENT_SIDES = (24, 37)
+GARMENT_SIDES = (32, 41)
 """Smallest side of a garment in pixels, and one more than the largest."""
-BACKGROUND_SIDES = (40, 161)
+BACKGROUND_SIDES = (40, 81)
 """Side of the photograph's square, resized to SIDE, likewise."""
 SHOWN_ABOVE = 8
 """Brightness above which a pixel belongs to the garment."""

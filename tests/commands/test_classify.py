@@ -39,14 +39,10 @@ NUM_TRAIN, NUM_TEST, STEPS = 120, 60, 18
 LEARNING = {"linear": ["optim.lr=5", "optim.epochs=24"], "attentive": [], "finetune": ["optim.lr=5e-3"]}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _needs_torchmetrics():
-    pytest.importorskip("torchmetrics", reason="needs torchmetrics", exc_type=(ImportError, RuntimeError))
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with an encoder of random weights, images of three kinds of stripes, and small.yaml."""
+    pytest.importorskip("torchmetrics", reason="needs torchmetrics", exc_type=(ImportError, RuntimeError))
     folder = tmp_path_factory.mktemp("classify")
     random = np.random.default_rng(0)
     for split, count in (("train", NUM_TRAIN), ("test", NUM_TEST)):

@@ -65,11 +65,11 @@ def test_cluttered_images_show_a_garment_on_a_photograph(proof):
         sizes.add(len(rows))
         places.add((rows[0], columns[0]))
         tints.add(tuple(image[rows.mean().astype(int), columns.mean().astype(int)]))
-    # 12 of 28 pixels, at 24 to 36.
-    assert min(sizes) >= 10
-    assert max(sizes) <= 16
+    # 12 of 28 pixels, at 32 to 40.
+    assert min(sizes) >= 13
+    assert max(sizes) <= 18
     assert len(sizes) > 3
-    assert len(places) > 20
+    assert len(places) > 12
     assert len(tints) > 30
     assert all(60 * 0.3 - 1 <= value <= 201 for tint in tints for value in tint)
     again = [compose(Image.fromarray(garment), photograph, np.random.default_rng(5)) for _ in range(2)]
