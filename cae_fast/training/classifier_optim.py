@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from cae_fast.config import ClassifyOptimConfig
 from cae_fast.models.heads import AttentiveProbe, Classifier, LinearProbe
 from cae_fast.training.engine import StepResult
-from cae_fast.training.optim import decays, layer_decay_scales, layer_id, trainable
+from cae_fast.training.optim import clip_factor, decays, layer_decay_scales, layer_id, squared_norm, trainable
 
 
 def parameter_groups(named: dict[str, nn.Parameter], optim: ClassifyOptimConfig, depth: int) -> list[dict[str, Any]]:
@@ -71,11 +71,9 @@ class ClassifierOptimizer:
                 master.grad, parameter.grad = parameter.grad.float(), None
         gradients = [master.grad for master in self.masters.values() if master.grad is not None]
         assert len(gradients) == len(self.masters), "a trainable parameter got no gradient"
-        norm = torch.stack(torch._foreach_norm(gradients)).norm()
+        norm = squared_norm(gradients).sqrt().float()
         finite = (norm + loss).isfinite()
-        factor = finite.float()
-        if self.clip > 0:
-            factor = factor * (self.clip / (norm + 1e-6)).clamp(max=1.0).nan_to_num()
+        factor = clip_factor(norm, self.clip).nan_to_num() * finite
         for gradient in gradients:
             gradient.nan_to_num_(0.0, 0.0, 0.0).mul_(factor)
         for group in self.optimizer.param_groups:
