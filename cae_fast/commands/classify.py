@@ -19,7 +19,6 @@ from collections.abc import Generator
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,7 +40,7 @@ from cae_fast.models.heads import (
 )
 from cae_fast.models.vit import drop_path_rates
 from cae_fast.training.augmentation import BatchAugmentation, make_rand_augment
-from cae_fast.training.checkpoint import load_state, save_state, write_safetensors, write_text
+from cae_fast.training.checkpoint import save_state, write_safetensors, write_text
 from cae_fast.training.classifier_optim import ClassifierOptimizer
 from cae_fast.training.classify_task import Task, prepare_task, report, test
 from cae_fast.training.interrupt import StopRequest
@@ -49,7 +48,7 @@ from cae_fast.training.knn_probe import extract_features, knn_votes
 from cae_fast.training.monitor import Monitor, drop_steps_after
 from cae_fast.training.optim import scheduled_lr
 from cae_fast.training.pictures import save_curves
-from cae_fast.training.resume import changed_settings, newest_state
+from cae_fast.training.resume import newest_state, resume
 from cae_fast.training.run_setup import (
     MAX_CONSECUTIVE_SKIPS,
     add_settings,
@@ -188,27 +187,6 @@ def save(job: "Job", step: int) -> None:
     save_state(task.run_dir, step, job.optimizer.state(), facts | {"version": __version__, "step": step}, keep)
 
 
-def resume(job: "Job", path: Path) -> int:
-    """Load a training state. Returns the steps already done; UserError where it belongs to another experiment."""
-    task, (state, facts) = job.task, load_state(path)
-    changed = changed_settings(facts["config"], asdict(task.config), asdict(type(task.config)()))
-    if facts["data"] != task.index.fingerprint:
-        changed.append("data (the images or their order changed)")
-    if facts["encoder"] != task.encoder_sha256:
-        changed.append("encoder.path (the file's content changed)")
-    if changed and task.config.train.resume != "force":
-        raise UserError(
-            f"{path} was trained with other settings: {'; '.join(changed)}. "
-            "Choose another train.run_dir, or train.resume=force to continue all the same"
-        )
-    try:
-        job.optimizer.load_state(state)
-    except (KeyError, RuntimeError) as error:
-        raise UserError(f"{path} holds another classifier than these settings describe: {error}") from error
-    log.info("resumed from %s", path)
-    return facts["step"]
-
-
 def record_test(job: "Job", step: int) -> dict[str, Any]:
     """Test on the validation images and add a line to tests.jsonl; what later steps left there goes."""
     job.model.head.eval()
@@ -291,7 +269,8 @@ def prepare(task: Task) -> Job:
     make_rand_augment(config.augment.rand_augment, task.image_size, config.data.mean)  # to complain before training
     job = Job(task, plan, model, ClassifierOptimizer(model, config.optim), augmentation, rates, None)
     if state is not None:
-        job.start_step = resume(job, state)
+        frozen = {"encoder": task.encoder_sha256}
+        job.start_step = resume(config, job.optimizer, state, task.index.fingerprint, frozen)
     if config.head.cache_features:
         job.cached = encode_all(task, model)
     return job

@@ -313,7 +313,7 @@ def prepare(config: PretrainConfig, world: World, device: torch.device) -> Job:
     if config.train.init_from and state is None:
         load_weights(model, config.train.init_from)
     engine = make_engine(model, config, device, config.train.global_batch_size // (world.size * micro), world)
-    start = 0 if state is None else resume(config, engine, state, index.fingerprint, tokenizer_sha256)
+    start = 0 if state is None else resume(config, engine, state, index.fingerprint, {"tokenizer": tokenizer_sha256})
     if world.main:
         begin(config, run_dir, device, kernels, world.size)
     return Job(

@@ -1,15 +1,15 @@
 """Continue a run, or start one from other weights; refuse what would silently be another experiment."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from cae_fast.config import RunConfig, UserError
 from cae_fast.training.checkpoint import load_facts, load_model_weights, load_state, state_files
-from cae_fast.training.zero_engine import AnyEngine
 
 log = logging.getLogger(__name__)
 
@@ -20,6 +20,10 @@ FREE_TO_CHANGE = {
     *("train.zero", "train.offload_optimizer", "train.activation_checkpointing", "train.deepspeed"),
     "train.timeout_seconds",
 }
+
+FROZEN = {"tokenizer": "target.tokenizer", "encoder": "encoder.path"}
+"""Where a training state keeps the SHA-256 of a file that the run reads, and the setting that names the file."""
+NOTHING: Mapping[str, str | None] = {}
 
 
 def newest_state(config: RunConfig) -> Path | None:
@@ -41,16 +45,25 @@ def first_backend(path: Path | None) -> str | None:
     return None if path is None else load_facts(path)["config"]["data"].get("backend")
 
 
+class Resumable(Protocol):
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Raises KeyError or RuntimeError for a state of another model."""
+
+
 def resume(
-    config: RunConfig, engine: AnyEngine, path: Path, data_fingerprint: str, tokenizer_sha256: str | None = None
+    config: RunConfig, engine: Resumable, path: Path, data_fingerprint: str, frozen: Mapping[str, str | None] = NOTHING
 ) -> int:
-    """Load a training state. Returns the steps already done; UserError where it belongs to another experiment."""
+    """Load a training state. Returns the steps already done; UserError where it belongs to another experiment.
+
+    frozen: SHA-256 of the run's frozen files, under the keys of FROZEN.
+    """
     state, facts = load_state(path)
     changed = changed_settings(facts["config"], asdict(config), asdict(type(config)()))
     if facts["data"] != data_fingerprint:
         changed.append("data (the images or their order changed)")
-    if facts.get("tokenizer") != tokenizer_sha256:
-        changed.append("target.tokenizer (the file's content changed)")
+    for key, setting in FROZEN.items():
+        if facts.get(key) != frozen.get(key):
+            changed.append(f"{setting} (the file's content changed)")
     if changed and config.train.resume != "force":
         raise UserError(
             f"{path} was trained with other settings: {'; '.join(changed)}. "
