@@ -2,6 +2,7 @@
 
     python benchmarks/ops.py                           # a GPU: bfloat16, real shapes; a CPU: float32, tiny shapes
     python benchmarks/ops.py -k attention --json out.json
+    python benchmarks/ops.py --shapes ViT-L --batches 32 64 128 256
 
 Each row is one backend of one op: median milliseconds of the forward and of the backward pass and half their spread
 (10th to 90th percentile), bytes that must move over that time in GB/s and as a share of the copy bandwidth measured in
@@ -21,6 +22,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +82,13 @@ class Sizes:
     name: str
     device: torch.device
     dtype: torch.dtype
+    other_batch: int | None = None
+    """Instead of the shape's own; part of the name of a case."""
 
     def __post_init__(self) -> None:
         self.batch, self.patches, self.width, self.heads = SHAPES[self.name]
+        self.label = f"{self.name} B={self.other_batch}" if self.other_batch else self.name
+        self.batch = self.other_batch or self.batch
         self.half = self.patches // 2
         self.tokens, self.head = self.half + 1, self.width // self.heads
         self.codes = 8192 if self.name != "tiny" else 512
@@ -103,7 +109,9 @@ class Sizes:
         return [self.make(self.width) for _ in range(count)]
 
     def case(self, op: str, run: Callable[..., Any], inputs: list[Tensor], *moved: int, kind: str = "") -> Case:
-        return Case(op, f"{self.name} {kind}".strip(), run, inputs, (moved[0], moved[-1]), forward_only=len(moved) == 1)
+        return Case(
+            op, f"{self.label} {kind}".strip(), run, inputs, (moved[0], moved[-1]), forward_only=len(moved) == 1
+        )
 
 
 def cases(sizes: Sizes) -> Iterator[Case]:
@@ -298,7 +306,7 @@ def count_flops(case: Case) -> list[int]:
 
 
 def table_row(row: dict, reference: dict, ceilings: dict[str, float]) -> str:
-    start = f"{row['op']:20s} {row['shape']:10s} {row['backend']:15s}"
+    start = f"{row['op']:20s} {row['shape']:19s} {row['backend']:15s}"
     if "failed" in row:
         return f"{start} FAILED: {row['failed']}"
     cells = [f"error {row['error']:.0e}"]
@@ -339,9 +347,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-k", default="", help="only ops with this in their name")
     parser.add_argument("--shapes", nargs="*", choices=list(SHAPES), help="default: all but tiny; on a CPU tiny")
+    parser.add_argument("--batches", nargs="+", type=positive, default=[None], help="default: each shape's own")
     parser.add_argument("--seconds", type=float, default=0.2, help="of timing per number")
     parser.add_argument("--json", type=Path, help="write raw samples here, after every op")
     return parser.parse_args(argv)
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError(f"a batch of {value}")
+    return value
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -357,9 +373,9 @@ def main(argv: list[str] | None = None) -> int:
         "ratios are to the plain torch reference"
     )
     rows: list[dict] = []
-    for shape in shapes:
+    for shape, batch in product(shapes, args.batches):
         torch.manual_seed(0)
-        for case in cases(Sizes(shape, device, dtype)):
+        for case in cases(Sizes(shape, device, dtype, batch)):
             if args.k in case.op:
                 rows += compare(case, device, args.seconds, ceilings)
                 if args.json:

@@ -27,7 +27,8 @@ HUES = ("#1f3b73", "#2a9d8f", "#e9c46a", "#8d5fb3", "#e76f51", "#6c757d", "#dddd
 COLORS = dict(zip((*PARTS, "idle"), HUES, strict=True))
 
 Results = dict[str, dict[str, dict[str, Any]]]
-"""Device -> suite -> the newest record; rows of train_step are those of all its files."""
+"""Device -> suite -> the newest record; with rows of all its files where ROW_KEYS has the suite."""
+ROW_KEYS = {"train_step": ("model", "variant", "batch", "data"), "ops": ("op", "shape", "backend")}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -64,8 +65,10 @@ def load(folder: Path) -> tuple[Results, dict[str, Any] | None]:
             continue
         suites = results.setdefault(found["device"], {})
         before = suites.get(found["suite"])
-        if before and found["suite"] == "train_step":
-            key = ("model", "variant", "batch", "data")
+        if found["suite"] == "ops":
+            found = found | {"rows": [row | {"ceilings": found["ceilings"]} for row in found["rows"]]}
+        if before and found["suite"] in ROW_KEYS:
+            key = ROW_KEYS[found["suite"]]
             rows = {tuple(row[k] for k in key): row for row in (*before["rows"], *found["rows"])}
             found = found | {"rows": list(rows.values())}
         suites[found["suite"]] = found
@@ -119,7 +122,18 @@ def correctness(record: dict[str, Any] | None) -> str:
 
 
 def step_table(record: dict[str, Any] | None) -> str:
-    head = ["step", "batch", "ms (median)", "images/s", "MFU model / all", "peak GB", "ours is", *PARTS, "idle"]
+    head = [
+        "step",
+        "batch",
+        "ms (median)",
+        "images/s",
+        "MFU model / all",
+        "peak GB",
+        "ours is",
+        "largest batch",
+        *PARTS,
+        "idle",
+    ]
     rows = []
     done = [] if record is None else [row for row in record["rows"] if row["model"] != "tiny"]
     found = {(row["model"], row["variant"]): row for row in done if row["data"] == "synthetic"}
@@ -144,6 +158,7 @@ def step_cells(row: dict[str, Any], ours: dict[str, Any]) -> list[str]:
     peak = MISSING if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.1f}"
     ratio = f"{ours['images_per_second'] / row['images_per_second']:.2f}x" if "step_ms" in ours else MISSING
     cells = [f"{statistics.median(row['step_ms']):.1f}", f"{row['images_per_second']:.0f}", mfu, peak, ratio]
+    cells.append(str(row.get("largest_batch", MISSING)))
     return [*cells, *(f"{row['profile']['parts'][part]:.1f}" for part in PARTS), f"{row['idle_ms']:.1f}"]
 
 
@@ -161,19 +176,18 @@ def op_table(record: dict[str, Any] | None) -> str:
         return f"Ops: {MISSING}."
     head = ["op", "shape", "backend", "forward us", "backward us", "share of copy", "of the floor", "against reference"]
     rows = []
-    reference: dict[str, Any] = {}
+    references = {(row["op"], row["shape"]): row for row in record["rows"] if row["backend"] == "reference"}
     for row in record["rows"]:
-        if row["backend"] == "reference":
-            reference = row
+        reference = references.get((row["op"], row["shape"]), {})
         start = [row["op"], row["shape"], row["backend"]]
         if "forward_ms" not in row or "failed" in row:
             rows.append([*start, MISSING if "failed" not in row else "failed", *[""] * 4])
             continue
         times = pass_times(row)
-        share = sum(row["moved"][: len(times)]) / sum(times) * 1e3 / record["ceilings"]["copy"]
+        share = sum(row["moved"][: len(times)]) / sum(times) * 1e3 / row["ceilings"]["copy"]
         ratio = f"{sum(pass_times(reference)) / sum(times):.2f}x" if "forward_ms" in reference else MISSING
         backward = f"{times[1] * 1e3:.0f}" if len(times) > 1 else "-"
-        floor = f"{floor_ms(row, record['ceilings']) / sum(times):.0%}"
+        floor = f"{floor_ms(row) / sum(times):.0%}"
         rows.append([*start, f"{times[0] * 1e3:.0f}", backward, f"{share:.0%}", floor, ratio])
     ceilings = record["ceilings"]
     reached = f"copy {ceilings['copy'] / 1e12:.2f} TB/s, product {ceilings['product'] / 1e12:.0f} TFLOP/s"
@@ -185,8 +199,8 @@ def pass_times(row: dict[str, Any]) -> list[float]:
     return [statistics.median(row[key]) for key in ("forward_ms", "backward_ms") if key in row]
 
 
-def floor_ms(row: dict[str, Any], ceilings: dict[str, float]) -> float:
-    count = len(pass_times(row))
+def floor_ms(row: dict[str, Any]) -> float:
+    count, ceilings = len(pass_times(row)), row["ceilings"]
     return max(sum(row["moved"][:count]) / ceilings["copy"], sum(row["flops"][:count]) / ceilings["product"]) * 1e3
 
 

@@ -2,7 +2,8 @@
 # Measure a GPU: correctness first, then steps, loss parity, ops, tokenizer. One JSON file a suite, in $OUT (default
 # benchmarks/results/DEVICE); files are written as results come, so that a suite cut short leaves what it had.
 #
-#   benchmarks/run_gpu.sh                  all, in less than 9 minutes on an H100
+#   benchmarks/run_gpu.sh                  every suite, in less than 9 minutes on an H100
+#   benchmarks/run_gpu.sh --rest           9 minutes more: other shapes and batches, torch.compile, largest batches
 #   benchmarks/run_gpu.sh --quick          2 minutes: some kernels, ViT-L, ours against the original
 #   benchmarks/run_gpu.sh --data           data loading with DALI, which must be installed, and masks; 9 minutes
 #   benchmarks/run_gpu.sh --cpu-rehearsal  the same code at tiny sizes on a CPU; writes to a temporary folder
@@ -16,11 +17,11 @@ unset TRITON_INTERPRET CAE_KERNELS
 PYTHON=${PYTHON:-python3}
 mode=${1:-full}
 case $mode in
-  full) budget=530 ;;
+  full | --rest) budget=530 ;;
   --quick) budget=118 ;;
   --data) budget=530 ;;
   --cpu-rehearsal) budget=900; export CUDA_VISIBLE_DEVICES= ; OUT=${OUT:-$(mktemp -d)} ;;
-  *) echo "run_gpu.sh: no option $mode; --quick, --data or --cpu-rehearsal" >&2; exit 2 ;;
+  *) echo "run_gpu.sh: no option $mode; --rest, --quick, --data or --cpu-rehearsal" >&2; exit 2 ;;
 esac
 device=$("$PYTHON" -c 'import sys; sys.path.insert(0, "benchmarks"); from record import *; print(folder_name(device_name()))') || exit 1
 if [ "$mode" != --cpu-rehearsal ] && [ "$device" = cpu ]; then
@@ -61,6 +62,12 @@ case $mode in
     bench train_step_more 150 train_step.py --models ViT-H ViT-B --variants ours original reference --steps 10
     images=$("$PYTHON" -c 'import sys; sys.path.insert(0, "benchmarks"); from data_loading import *; print(make_images(512))')
     bench train_step_data 60 train_step.py --models ViT-L --variants ours --steps 10 --data "$images"
+    ;;
+  --rest)
+    bench train_step_compiled 170 train_step.py --models ViT-H --variants ours compiled --steps 10 --limit 140
+    bench ops_more 130 ops.py --shapes ViT-H ViT-B --seconds 0.05
+    bench ops_batches 70 ops.py --shapes ViT-L --batches 64 --seconds 0.05
+    bench train_step_largest 150 train_step.py --models ViT-L ViT-H --variants ours original --steps 5 --largest
     ;;
   --quick)
     bench correctness 45 correctness.py -- tests/kernels -x -k "attention or residual"

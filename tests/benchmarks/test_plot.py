@@ -87,6 +87,20 @@ def test_ops_of_a_gpu(draw, tmp_path):
     assert (tmp_path / "results" / "nvidia-h100-80gb-hbm3" / "roofline.png").exists()
 
 
+def test_other_shapes_of_ops_are_added(draw):
+    first = {"ceilings": {"copy": 3e12, "product": 8e14}, "rows": [op_row("reference", 0.2, 0.6)]}
+    other = [op_row("reference", 0.4, 0.4) | {"shape": "ViT-H"}, op_row("triton", 0.2, 0.2) | {"shape": "ViT-H"}]
+    second = {"ceilings": {"copy": 2e12, "product": 8e14}, "rows": other, "time": "2026-01-03T00:00:00Z"}
+    rows = [
+        line
+        for line in draw(("ops", H100, second), ("ops", H100, first)).splitlines()
+        if line.startswith("| attention |")
+    ]
+    assert len(rows) == 3, rows
+    assert "| attention | ViT-L | reference | 200 | 600 | 24% | 24% | 1.00x |" in rows  # of its own run's bandwidth
+    assert "| attention | ViT-H | triton | 200 | 200 | 71% | 71% | 2.00x |" in rows
+
+
 def test_a_cpu_is_never_shown_as_a_gpu(draw):
     tiny = [step("tiny", "ours", 20.0, mfu_model=None, mfu_all=None, peak_bytes=None)]
     parity = {"kernels_ran": False, "deviations": {"plain bf16": 0.1, "fused bf16": 0.1}, "passed": True}

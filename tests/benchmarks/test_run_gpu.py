@@ -59,6 +59,14 @@ def test_on_a_gpu(run):
     assert names(calls) == ["correctness", "train_step", "ops"]
 
 
+def test_what_the_first_run_has_no_time_for(run, tmp_path):
+    done, calls = run("--rest", "nvidia-h100-80gb-hbm3")
+    assert done.returncode == 0
+    assert names(calls) == ["train_step", "ops", "ops", "train_step"]
+    files = [call.split()[2] for call in calls]
+    assert len(set(files)) == len(files)  # no suite overwrites another's file
+
+
 def test_data_alone(run):
     done, calls = run("--data", "nvidia-h100-80gb-hbm3")
     assert done.returncode == 0

@@ -34,6 +34,14 @@ def test_pretraining_beats_random_weights(proof, tmp_path):
     assert trained["decoded"] < 1.0 < 1.15 < apart["decoded"]
 
 
+def test_a_stopped_pretraining_is_not_probed(proof, tmp_path, monkeypatch):
+    monkeypatch.setattr(proof, "cae_fast", lambda arguments: 0)  # as after SIGTERM, which is a success
+    proof.run(["pretrain"], tmp_path)
+    (tmp_path / "stopped.json").touch()
+    with pytest.raises(InterruptedError, match="stopped"):
+        proof.run(["pretrain"], tmp_path)
+
+
 def test_missed_thresholds_are_named(proof):
     def runs(knn, linear, decoded):
         return {str(seed): {"knn": knn + seed, "linear": linear + seed, "decoded": decoded} for seed in range(3)}
