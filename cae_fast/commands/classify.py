@@ -4,8 +4,10 @@
   cae-fast classify --head finetune configs/classify/finetune_vit_base.yaml \\
       encoder.path=runs/base/encoder.safetensors data.path=/data/imagenet/train validation.path=/data/imagenet/val
 
+  torchrun --nproc-per-node 8 -m cae_fast classify --head finetune CONFIG ...
+
 It writes RUN/results.json: top-1 and top-5, the settings and the encoder's SHA-256. Run it again with the same
-arguments to continue an interrupted run. k-NN reads no optim settings.
+arguments to continue an interrupted run, with as many processes as you like. k-NN reads no optim settings.
 """
 
 # B micro-batch, N patches, n tokens that a head reads, S image side, D width, K classes, M images.
@@ -16,7 +18,7 @@ import logging
 import math
 import time
 from collections.abc import Generator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -43,18 +45,18 @@ from cae_fast.training.augmentation import BatchAugmentation, make_rand_augment
 from cae_fast.training.checkpoint import save_state, write_safetensors, write_text
 from cae_fast.training.classifier_optim import ClassifierOptimizer
 from cae_fast.training.classify_task import Task, prepare_task, report, test
-from cae_fast.training.interrupt import StopRequest
+from cae_fast.training.distributed import joined, read_world
+from cae_fast.training.interrupt import GO_ON, STOP, STOP_DIVERGED, StopRequest, own_verdict
 from cae_fast.training.knn_probe import extract_features, knn_votes
 from cae_fast.training.monitor import Monitor, drop_steps_after
 from cae_fast.training.optim import scheduled_lr
 from cae_fast.training.pictures import save_curves
 from cae_fast.training.resume import newest_state, resume
 from cae_fast.training.run_setup import (
-    MAX_CONSECUTIVE_SKIPS,
     add_settings,
+    choose_device,
     diverged,
     load_run_config,
-    micro_batch_size,
     sampling_plan,
     stopped,
 )
@@ -74,25 +76,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     config = load_run_config(ClassifyConfig, args)
     config.head.kind = args.head
-    task = prepare_task(config)
+    world = read_world()
+    device = choose_device(config.train, world.local_rank)
     if args.head == "knn":
-        return knn(task)
-    with StopRequest() as stop:
-        return train(prepare(task), stop)
+        return knn(prepare_task(config, world, device))
+    if not world.main:
+        logging.getLogger("cae_fast").setLevel(logging.WARNING)
+    with StopRequest() as stop, joined(world, device, config.train.timeout_seconds, alone=True):
+        return train(prepare(prepare_task(config, world, device)), stop)
 
 
 def train_step(job: "Job", batches: list[LabelledBatch], step: int, lr: float) -> dict[str, Tensor]:
     """One optimizer step over its micro-batches. Nothing in it waits for the device; metrics stay there."""
     losses, hits = [], []
-    for number, (inputs, labels, positions) in enumerate(batches):
-        logits, targets = forward(job, inputs, labels, positions, draw_seed(job.task.config.train.seed, step, number))
+    world, seed = job.task.world, job.task.config.train.seed
+    for number, (inputs, labels, positions) in enumerate(batches, world.rank * len(batches)):
+        logits, targets = forward(job, inputs, labels, positions, draw_seed(seed, step, number))
         loss = F.cross_entropy(logits, targets, label_smoothing=job.task.config.augment.label_smoothing)
         (loss / len(batches)).backward()
         losses.append(loss.detach())
         hits.append((logits.argmax(1) == labels).float().mean())
-    loss = torch.stack(losses).mean()
+    loss, accuracy = world.mean(torch.stack((torch.stack(losses).mean(), torch.stack(hits).mean()))).unbind()
     result = job.optimizer.step(loss, lr)
-    mixed = {} if job.augmentation.mix is not None else {"accuracy": torch.stack(hits).mean()}
+    mixed = {} if job.augmentation.mix is not None else {"accuracy": accuracy}
     return {"loss": loss, **mixed, **result._asdict()}
 
 
@@ -108,47 +114,63 @@ def forward(job: "Job", inputs: Tensor, labels: Tensor, positions: Tensor, seed:
 
 
 def draw_seed(seed: int, step: int, micro_batch: int) -> int:
-    """What a micro-batch's augmentation draws from, so that a resumed run draws the same."""
+    """What a micro-batch's augmentation draws from, counted over all processes: a resumed run draws the same."""
     return int(np.random.SeedSequence((seed, step, micro_batch)).generate_state(1)[0])
 
 
 def train(job: "Job", stop: StopRequest) -> int:
     """Every step that is left, with tests and checkpoints. Returns the exit status."""
-    config, task, per_epoch = job.task.config, job.task, job.plan.steps_per_epoch
+    config, task, world, per_epoch = job.task.config, job.task, job.task.world, job.plan.steps_per_epoch
     step = saved = job.start_step
+    verdict = GO_ON
     job.model.head.train()
-    with make_monitor(job) as monitor, closing(micro_batches(job)) as steps:
+    monitoring = make_monitor(job) if world.main else nullcontext()
+    with monitoring as monitor, closing(micro_batches(job)) as steps:
         for batches, waited in steps:
-            monitor.before_step(step)
+            world.beat()
             lr = scheduled_lr(step, per_epoch, config.optim)
+            if monitor is not None:
+                monitor.before_step(step)
             metrics = train_step(job, batches, step, lr)
-            first = step * config.train.global_batch_size
-            positions = range(first, first + config.train.global_batch_size)
-            monitor.record(step, metrics, lr=lr, data_wait=waited, sample_ids=positions)
+            if monitor is not None:
+                first = step * config.train.global_batch_size
+                positions = range(first, first + config.train.global_batch_size)
+                monitor.record(step, metrics, lr=lr, data_wait=waited, sample_ids=positions)
             step += 1
-            if monitor.consecutive_skips >= MAX_CONSECUTIVE_SKIPS:
-                return diverged(task.run_dir, step)
+            verdict = world.agreed(own_verdict(monitor, stop))
+            if verdict == STOP_DIVERGED:
+                break
             if step % (config.validation.every_epochs * per_epoch) == 0 and step < job.last_step:
                 record_test(job, step)
             if step % (config.checkpoint.every_epochs * per_epoch) == 0:
-                monitor.flush()
+                if monitor is not None:
+                    monitor.flush()
                 save(job, saved := step)
-            if stop.requested:
+            if verdict == STOP:
                 break
+    if verdict == STOP_DIVERGED:
+        return world.on_main(lambda: diverged(task.run_dir, step))
     if saved != step:
         save(job, step)
-    if stop.requested and step < job.last_step:
-        return stopped(task.run_dir, step, stop.requested)
-    facts = {"config": asdict(config), "encoder": task.encoder_sha256, "version": __version__, "step": step}
+    if verdict == STOP and step < job.last_step:
+        return world.on_main(lambda: stopped(task.run_dir, step, stop.requested or "a signal to another process"))
+    result = record_test(job, step)
+    return world.on_main(lambda: finish(job, result, step))
+
+
+def finish(job: "Job", result: dict[str, Any], step: int) -> int:
+    """The classifier's weights, curves and results.json."""
+    task = job.task
+    facts = {"config": asdict(task.config), "encoder": task.encoder_sha256, "version": __version__, "step": step}
     classifier = task.run_dir / "classifier.safetensors"
     write_safetensors(classifier, job.optimizer.weights(), {"format": "pt", "cae_fast": json.dumps(facts)})
     save_curves(task.run_dir / "metrics.jsonl", task.run_dir / "curves.png")
-    return report(task, record_test(job, step), step)
+    return report(task, result, step)
 
 
 def micro_batches(job: "Job") -> Generator[tuple[list[LabelledBatch], float], None, None]:
     """For every step left: its micro-batches on the device, and the seconds spent waiting for them."""
-    config, device, size = job.task.config, job.task.device, micro_batch_size(job.task.config.train)
+    config, device, world, size = job.task.config, job.task.device, job.task.world, job.task.micro_batch_size
     if job.cached is not None:
         tokens, labels = job.cached
         for step in range(job.start_step, job.last_step):
@@ -164,17 +186,17 @@ def micro_batches(job: "Job") -> Generator[tuple[list[LabelledBatch], float], No
         image_size=job.task.image_size,
         start_step=job.start_step,
         stop_step=job.last_step,
-        rank=0,
-        world_size=1,
+        rank=world.rank,
+        world_size=world.size,
         micro_batch_size=size,
-        num_workers=resolve_num_workers(config.data.num_workers, 1),
+        num_workers=resolve_num_workers(config.data.num_workers, world.core_share),
         pin_memory=device.type == "cuda",
         decoder="cpu" if config.data.backend == "auto" else config.data.backend,
     )
     with closing(batches):
         for _ in range(job.start_step, job.last_step):
             began = time.perf_counter()
-            loaded = [next(batches) for _ in range(config.train.global_batch_size // size)]
+            loaded = [next(batches) for _ in range(config.train.global_batch_size // (world.size * size))]
             waited = time.perf_counter() - began
             move = partial(Tensor.to, device=device, non_blocking=True)
             yield [(move(x), move(labels), move(where)) for x, labels, where in loaded], waited
@@ -182,9 +204,10 @@ def micro_batches(job: "Job") -> Generator[tuple[list[LabelledBatch], float], No
 
 def save(job: "Job", step: int) -> None:
     task, keep_every = job.task, job.task.config.checkpoint.keep_every_epochs * job.plan.steps_per_epoch
-    facts = {"config": asdict(task.config), "data": task.index.fingerprint, "encoder": task.encoder_sha256}
+    facts: dict[str, Any] = {"config": asdict(task.config), "version": __version__, "step": step}
+    facts |= {"data": task.index.fingerprint, "encoder": task.encoder_sha256}
     keep = set(range(keep_every, step, keep_every)) if keep_every else set()
-    save_state(task.run_dir, step, job.optimizer.state(), facts | {"version": __version__, "step": step}, keep)
+    task.world.on_main(lambda: save_state(task.run_dir, step, job.optimizer.state(), facts, keep))
 
 
 def record_test(job: "Job", step: int) -> dict[str, Any]:
@@ -196,6 +219,8 @@ def record_test(job: "Job", step: int) -> dict[str, Any]:
 
     result = test(job.task, logits)
     job.model.head.train()
+    if not job.task.world.main:
+        return result
     path = job.task.run_dir / "tests.jsonl"
     lines = [*drop_steps_after(path, step - 1), {"step": step, "epoch": step / job.plan.steps_per_epoch, **result}]
     write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
@@ -247,7 +272,7 @@ class Job:
 def prepare(task: Task) -> Job:
     """Make head and optimizer, encode the images if asked, and load what the run folder holds."""
     config, encoder = task.config, task.encoder
-    state = newest_state(config)
+    state = task.world.on_main(lambda: newest_state(config))
     plan = sampling_plan(config, task.index)
     torch.manual_seed(config.train.seed)
     if config.encoder.rel_pos_bias:
@@ -265,9 +290,10 @@ def prepare(task: Task) -> Job:
     if config.encoder.drop_path_rate:
         branches = [rate for rate in drop_path_rates(config.encoder.drop_path_rate, len(encoder.blocks)) for _ in "12"]
         rates = torch.tensor(branches, device=task.device)  # (2 * depth,)
-    augmentation = BatchAugmentation(config.augment, task.num_classes, micro_batch_size(config.train), task.device)
+    augmentation = BatchAugmentation(config.augment, task.num_classes, task.micro_batch_size, task.device)
     make_rand_augment(config.augment.rand_augment, task.image_size, config.data.mean)  # to complain before training
-    job = Job(task, plan, model, ClassifierOptimizer(model, config.optim), augmentation, rates, None)
+    optimizer = ClassifierOptimizer(model, config.optim, task.world)
+    job = Job(task, plan, model, optimizer, augmentation, rates, None)
     if state is not None:
         frozen = {"encoder": task.encoder_sha256}
         job.start_step = resume(config, job.optimizer, state, task.index.fingerprint, frozen)

@@ -43,13 +43,12 @@ from cae_fast.training.distributed import World, joined, read_world
 from cae_fast.training.engine import PRECISIONS
 from cae_fast.training.inputs import StepInputs, inputs_ahead
 from cae_fast.training.inspection import Inspection
-from cae_fast.training.interrupt import StopRequest
+from cae_fast.training.interrupt import GO_ON, STOP, STOP_DIVERGED, StopRequest, own_verdict
 from cae_fast.training.monitor import Monitor
 from cae_fast.training.optim import scheduled_lr
 from cae_fast.training.pictures import save_curves
 from cae_fast.training.resume import first_backend, load_weights, newest_state, resume
 from cae_fast.training.run_setup import (
-    MAX_CONSECUTIVE_SKIPS,
     STOPPED,
     add_settings,
     check_training,
@@ -68,7 +67,6 @@ from cae_fast.training.zero_engine import AnyEngine, make_engine, zero_stage
 from cae_kernels import block_mask, drop_path_scales, random_mask
 
 log = logging.getLogger(__name__)
-GO_ON, STOP, STOP_DIVERGED = range(3)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -151,13 +149,6 @@ def train(job: "Job", stop: StopRequest) -> int:
         return world.on_main(lambda: stopped(job.run_dir, step, stop.requested or "a signal to another process"))
     inspection = job.inspection()
     return world.on_main(lambda: finish(job, inspection))
-
-
-def own_verdict(monitor: Monitor | None, stop: StopRequest) -> int:
-    """What this process would have all processes do after this step."""
-    if monitor is not None and monitor.consecutive_skips >= MAX_CONSECUTIVE_SKIPS:
-        return STOP_DIVERGED
-    return STOP if stop.requested else GO_ON
 
 
 def micro_batches(job: "Job") -> Generator[list[Batch], None, None]:

@@ -11,6 +11,35 @@ from cae_fast.models.cae import CrossAttention
 from cae_fast.models.vit import NORM_EPS, SelfAttention, VisionTransformer, run_blocks
 
 
+class BatchNorm(nn.BatchNorm1d):
+    """BatchNorm without parameters over a micro-batch (B, D), which leaves its running statistics alone in training.
+
+    `seen` collects every micro-batch's mean and unbiased variance, (2, D), for `update`: they may be other processes',
+    too, and a step may turn out not to count.
+    """
+
+    def __init__(self, width: int, eps: float):
+        super().__init__(width, affine=False, eps=eps)
+        self.seen: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        variance, mean = torch.var_mean(x.detach(), 0)
+        self.seen.append(torch.stack((mean, variance)))
+        return F.batch_norm(x, None, None, training=True, eps=self.eps)
+
+    @torch.no_grad()
+    def update(self, statistics: Tensor, counts: Tensor) -> None:
+        """Move the running statistics towards those of micro-batches (k, 2, D) in turn, where the scalar `counts`."""
+        assert self.momentum is not None
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        for running, values in ((self.running_mean, statistics[:, 0]), (self.running_var, statistics[:, 1])):
+            for value in values:
+                running.lerp_(torch.where(counts, value, running), self.momentum)
+
+
 class LinearProbe(nn.Module):
     """Class token -> BatchNorm without parameters -> Linear, as in MAE and the original's run_linear.py.
 
@@ -20,7 +49,7 @@ class LinearProbe(nn.Module):
     def __init__(self, embed_dim: int, num_classes: int, patch_mean: bool = False):
         super().__init__()
         self.patch_mean = patch_mean
-        self.norm = nn.BatchNorm1d(embed_dim, affine=False, eps=1e-6)
+        self.norm = BatchNorm(embed_dim, eps=1e-6)
         self.linear = new_linear(embed_dim, num_classes, 0.01)
 
     def select(self, tokens: Tensor) -> Tensor:
@@ -47,7 +76,7 @@ class AttentiveProbe(nn.Module):
         for linear in (self.attn.q, self.attn.k, self.attn.v, self.attn.proj):
             nn.init.trunc_normal_(linear.weight, std=0.02)
         nn.init.zeros_(self.attn.proj.bias)
-        self.norm = nn.BatchNorm1d(embed_dim, affine=False, eps=1e-5)
+        self.norm = BatchNorm(embed_dim, eps=1e-5)
         self.linear = new_linear(embed_dim, num_classes, 0.01)
 
     def select(self, tokens: Tensor) -> Tensor:

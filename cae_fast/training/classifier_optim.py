@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from cae_fast.config import ClassifyOptimConfig
-from cae_fast.models.heads import AttentiveProbe, Classifier, LinearProbe
+from cae_fast.models.heads import AttentiveProbe, BatchNorm, Classifier, LinearProbe
+from cae_fast.training.distributed import World
 from cae_fast.training.engine import StepResult
 from cae_fast.training.optim import clip_factor, decays, layer_decay_scales, layer_id, squared_norm, trainable
 
@@ -48,22 +49,25 @@ class ClassifierOptimizer:
     """Updates a classifier's trainable parameters through float32 masters, which are the parameters where they can be.
 
     Nothing in a step waits for the device. Where loss or gradient are not finite, the step's gradient counts as 0.
+    Processes average their gradients in float32; weights and running statistics are the same on all of them.
     """
 
-    def __init__(self, model: Classifier, optim: ClassifyOptimConfig):
+    def __init__(self, model: Classifier, optim: ClassifyOptimConfig, world: World | None = None):
+        self.world = World() if world is None else world
         self.parameters = dict(trainable(model))
         self.masters = {
             name: parameter if parameter.dtype == torch.float32 else nn.Parameter(parameter.detach().float())
             for name, parameter in self.parameters.items()
         }
-        self.buffers = dict(model.head.named_buffers())  # running means of the BatchNorm
+        self.buffers = dict(model.head.named_buffers())  # running statistics
+        self.norms = [module for module in model.head.modules() if isinstance(module, BatchNorm)]
         self.clip = optim.clip_grad_norm
         self.groups = parameter_groups(self.masters, optim, len(model.encoder.blocks))
         self.optimizer = make_optimizer(model.head, self.groups, optim)
 
     @torch.no_grad()
     def step(self, loss: Tensor, lr: float) -> StepResult:
-        """Clip, update and clear the gradients; `loss` is only looked at."""
+        """Clip, update and clear the gradients; `loss`, the mean over processes, is only looked at."""
         for name, master in self.masters.items():
             parameter = self.parameters[name]
             if parameter is not master:
@@ -71,11 +75,16 @@ class ClassifierOptimizer:
                 master.grad, parameter.grad = parameter.grad.float(), None
         gradients = [master.grad for master in self.masters.values() if master.grad is not None]
         assert len(gradients) == len(self.masters), "a trainable parameter got no gradient"
+        self.world.average(gradients)
         norm = squared_norm(gradients).sqrt().float()
         finite = (norm + loss).isfinite()
         factor = clip_factor(norm, self.clip).nan_to_num() * finite
         for gradient in gradients:
             gradient.nan_to_num_(0.0, 0.0, 0.0).mul_(factor)
+        for layer in self.norms:
+            if layer.seen:
+                layer.update(self.world.gather(torch.stack(layer.seen)), finite)
+                layer.seen.clear()
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         self.optimizer.step()

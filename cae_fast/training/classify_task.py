@@ -24,12 +24,11 @@ from cae_fast.models.tokenizers import file_sha256
 from cae_fast.models.vit import SelfAttention, VisionTransformer
 from cae_fast.training.augmentation import import_eval
 from cae_fast.training.checkpoint import remove_leftovers, write_text
-from cae_fast.training.distributed import read_world
+from cae_fast.training.distributed import World
 from cae_fast.training.engine import PRECISIONS
 from cae_fast.training.run_setup import (
     STOPPED,
     check_training,
-    choose_device,
     describe,
     kernel_backends,
     micro_batch_size,
@@ -44,6 +43,7 @@ class Task:
 
     config: ClassifyConfig
     run_dir: Path
+    world: World
     device: torch.device
     encoder: VisionTransformer
     encoder_sha256: str
@@ -69,26 +69,31 @@ class Task:
         assert isinstance(attention, SelfAttention)
         return attention.num_heads
 
+    @property
+    def micro_batch_size(self) -> int:
+        return micro_batch_size(self.config.train, self.world.size)
+
     def images(self, index: ImageIndex) -> Generator[tuple[Tensor, Tensor], None, None]:
-        """All images of an index, cut as for validation, with their labels; batches that lost all are left out."""
-        workers = resolve_num_workers(self.config.data.num_workers, 1)
-        batch_size, crop_pct = micro_batch_size(self.config.train), self.config.validation.crop_pct
-        with closing(labelled_loader(index, self.image_size, batch_size, workers, crop_pct=crop_pct)) as batches:
+        """This process's share of an index, cut as for validation, with labels; batches that lost all are left out."""
+        workers = resolve_num_workers(self.config.data.num_workers, self.world.core_share)
+        share, crop_pct = range(self.world.rank, len(index), self.world.size), self.config.validation.crop_pct
+        images = labelled_loader(index, self.image_size, self.micro_batch_size, workers, share, crop_pct)
+        with closing(images) as batches:
             yield from ((images, labels) for images, labels in batches if len(labels))
 
 
-def prepare_task(config: ClassifyConfig) -> Task:
+def prepare_task(config: ClassifyConfig, world: World, device: torch.device) -> Task:
     """Check the settings, load the encoder and open the images."""
     check_training(config)
-    check_settings(config)
+    check_settings(config, world.size)
     for module in ("torchmetrics.classification", *(["timm.optim"] if config.head.kind == "linear" else [])):
         import_eval(module)
-    device = choose_device(config.train)
     encoder = load_encoder(config.encoder.path, config.encoder.image_size)
     run_dir = Path(config.train.run_dir)
-    index = index_for(config.data, run_dir)
     validation = replace(config.data, path=config.validation.path, index=config.validation.index)
-    validation_index = index_for(validation, run_dir)
+    index, validation_index = world.main_first(
+        lambda: (index_for(config.data, run_dir), index_for(validation, run_dir))
+    )
     for name, part in (("data", index), ("validation", validation_index)):
         log.info("%s: %s", name, part)
         if part.labels.min() < 0:
@@ -102,21 +107,24 @@ def prepare_task(config: ClassifyConfig) -> Task:
             f"{len(validation_index.classes)}; in one alone: {', '.join(odd)})"
         )
     encoder.to(device=device, dtype=PRECISIONS[config.train.precision])
-    run_dir.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(run_dir)
-    (run_dir / STOPPED).unlink(missing_ok=True)
-    describe(config, run_dir, device, kernel_backends(device))
+    kernels = kernel_backends(device)
+    if world.main:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(run_dir)
+        (run_dir / STOPPED).unlink(missing_ok=True)
+        describe(config, run_dir, device, kernels, world.size)
     normalize = Normalize(config.data.mean, config.data.std, device)
     sha256 = file_sha256(config.encoder.path)
-    return Task(config, run_dir, device, encoder, sha256, index, validation_index, normalize)
+    return Task(config, run_dir, world, device, encoder, sha256, index, validation_index, normalize)
 
 
-def check_settings(config: ClassifyConfig) -> None:
+def check_settings(config: ClassifyConfig, processes: int = 1) -> None:
     head, optim = config.head, config.optim
     if config.data.backend not in ("auto", "cpu", "pil"):
         raise UserError(f"data.backend is {config.data.backend!r}: classify decodes with cpu or pil (auto: cpu)")
-    if (size := read_world().size) > 1:
-        raise UserError(f"{size} processes were started, but classify runs in one: start it without a launcher")
+    if processes > 1 and (head.kind == "knn" or head.cache_features):
+        what = "--head knn" if head.kind == "knn" else "head.cache_features"
+        raise UserError(f"{processes} processes were started, but {what} works in one: start it without a launcher")
     if config.train.zero or config.train.offload_optimizer or config.train.activation_checkpointing:
         raise UserError("train.zero, train.offload_optimizer and train.activation_checkpointing are for pretrain only")
     if config.train.init_from:
@@ -149,19 +157,24 @@ def check_settings(config: ClassifyConfig) -> None:
 
 @torch.no_grad()
 def test(task: Task, classify: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-    """Top-1 and top-5 (0..1) on the validation images of a classifier: uint8 images (B, 3, S, S) to scores (B, K)."""
+    """Top-1 and top-5 (0..1) on the validation images of a classifier: uint8 images (B, 3, S, S) to scores (B, K).
+
+    Processes share the images out, and torchmetrics adds up what they counted.
+    """
     classification = import_eval("torchmetrics.classification")
     settings = {"num_classes": task.num_classes, "average": "micro", "validate_args": False}
     accuracies = [
         classification.MulticlassAccuracy(top_k=k, **settings).to(task.device) for k in (1, min(5, task.num_classes))
     ]
-    count = 0
+    seen = 0
     with closing(task.images(task.validation_index)) as batches:
         for images, labels in batches:
+            task.world.beat()
             scores = classify(images.to(task.device))  # (B, K)
             for accuracy in accuracies:
                 accuracy.update(scores, labels.to(task.device))
-            count += len(labels)
+            seen += len(labels)
+    count = round(task.world.mean(torch.tensor(float(seen), device=task.device)).item() * task.world.size)
     # float32 means of a whole number of hits
     top1, top5 = (round(accuracy.compute().item() * count) / count for accuracy in accuracies)
     return {"top1": top1, "top5": top5, "images": count}

@@ -135,6 +135,14 @@ class World:
         dist.all_reduce(values)
         return values
 
+    def gather(self, values: Tensor) -> Tensor:
+        """The values of all processes one after the other along the first dimension, without waiting for them."""
+        if self.size == 1:
+            return values
+        parts = [torch.empty_like(values) for _ in range(self.size)]
+        dist.all_gather(parts, values)
+        return torch.cat(parts)
+
     def average(self, gradients: Sequence[Tensor]) -> None:
         """Replace gradients of one type by their mean over processes, rounded as DeepSpeed does: divided, then summed.
 

@@ -23,7 +23,8 @@ from cae_fast.models.tokenizers import file_sha256
 from cae_fast.training.augmentation import import_eval
 from cae_fast.training.checkpoint import save_model
 from cae_fast.training.classify_task import check_settings
-from running import metrics, same_tensors
+from cae_fast.training.distributed import World
+from running import metrics, same_tensors, start_processes
 
 ROOT = Path(__file__).parents[2]
 MODEL = ModelConfig(size="tiny", image_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2, regressor_depth=1)
@@ -117,7 +118,7 @@ def test_results_are_those_of_the_saved_weights(place, runs, head):
     config.head.kind, config.encoder.path = head, str(place / "encoder.safetensors")
     config.data.path, config.validation.path = str(place / "train"), str(place / "test")
     config.train.run_dir = str(place / "runs" / f"again_{head}")
-    model = classify.prepare(classify.prepare_task(config)).model.eval()
+    model = classify.prepare(classify.prepare_task(config, World(), torch.device("cpu"))).model.eval()
     state = load_file(runs[head] / "classifier.safetensors")
     report = model.load_state_dict(state, strict=False)
     assert not report.unexpected_keys
@@ -229,6 +230,69 @@ def test_cached_features_train_the_same_head(place, head, request):
         torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-5)
     results = [json.loads((folder / "results.json").read_text()) for folder in (plain, cached)]
     assert results[0]["top1"] == results[1]["top1"]
+
+
+def run_two(place, head, name, *overrides, status=0):
+    """The same with two processes; returns the run folder and what process 0 said."""
+    folder = place / "runs" / name
+    command = ["-m", "cae_fast", "classify", "--head", head, str(place / "small.yaml")]
+    command += [f"encoder.path={place / 'encoder.safetensors'}", f"data.path={place / 'train'}"]
+    command += [f"validation.path={place / 'test'}", f"train.run_dir={folder}", *overrides]
+    processes = start_processes(command, 2, place)
+    outputs = [process.communicate(timeout=240)[0] for process in processes]
+    assert [process.returncode for process in processes] == [status] * 2, outputs
+    return folder, outputs[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("head", "overrides"),
+    [
+        ("attentive", []),
+        ("linear", ["optim.lr=5"]),
+        (
+            "finetune",
+            ["optim.lr=5e-3", "encoder.drop_path_rate=0.2", "augment.mixup=0.8", "augment.random_erasing=0.3"],
+        ),
+    ],
+)
+def test_two_processes_train_what_one_does(place, timm, head, overrides):
+    """Same micro-batches, draws and averages, running statistics of a BatchNorm among them."""
+    alone = run(place, head, f"alone_{head}", *overrides)
+    folder, output = run_two(place, head, f"two_{head}", *overrides)
+    assert json.loads((folder / "environment.json").read_text())["processes"] == 2
+    expected = load_file(alone / "classifier.safetensors")
+    for name, tensor in load_file(folder / "classifier.safetensors").items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-5)
+    results = [json.loads((each / "results.json").read_text()) for each in (alone, folder)]
+    assert [result["images"] for result in results] == [NUM_TEST] * 2
+    assert results[1]["top1"] == results[0]["top1"]
+    assert output.count("top-5") == 4  # after epochs 2, 4 and 6, and the summary: of process 0 alone
+    losses = [[line["loss"] for line in metrics(each)] for each in (alone, folder)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_one_process_continues_what_two_began(place):
+    alone = run(place, "finetune", "alone_to_end", "optim.lr=5e-3")
+    folder, _ = run_two(place, "finetune", "begun_by_two", "optim.lr=5e-3", "train.max_steps=7")
+    run(place, "finetune", "begun_by_two", "optim.lr=5e-3")
+    expected = load_file(alone / "classifier.safetensors")
+    for name, tensor in load_file(folder / "classifier.safetensors").items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_cached_features_are_for_one_process(place):
+    _, output = run_two(place, "attentive", "two_cached", "head.cache_features=true", status=2)
+    assert "2 processes were started, but head.cache_features works in one" in output
+
+
+def test_knn_is_for_one_process(place, capsys, monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    run(place, "knn", "two_knn", status=2)
+    assert "2 processes were started, but --head knn works in one" in capsys.readouterr().err
 
 
 def test_another_image_size_and_relative_positions(place):

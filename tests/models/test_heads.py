@@ -6,6 +6,7 @@ from torch import nn
 
 from cae_fast.models.heads import (
     AttentiveProbe,
+    BatchNorm,
     BiasedSelfAttention,
     Classifier,
     FinetuneHead,
@@ -50,11 +51,27 @@ def test_linear_probe_is_batch_norm_and_linear_of_one_vector(patch_mean):
     vectors = tokens[:, 1:].mean(1) if patch_mean else tokens[:, 0]
     expected = standardize(vectors, 0, 1e-6) @ probe.linear.weight.T + probe.linear.bias
     torch.testing.assert_close(probe(probe.select(tokens)), expected, rtol=1e-12, atol=1e-12)
-    variance = vectors.var(0)
-    torch.testing.assert_close(probe.norm.running_var, 0.9 + 0.1 * variance)
+    probe.norm.update(torch.stack(probe.norm.seen), torch.tensor(True))
+    torch.testing.assert_close(probe.norm.running_var, 0.9 + 0.1 * vectors.var(0))
     probe.eval()
     normed = (vectors - probe.norm.running_mean) / (probe.norm.running_var + 1e-6).sqrt()
     torch.testing.assert_close(probe(probe.select(tokens)), normed @ probe.linear.weight.T + probe.linear.bias)
+
+
+def test_batch_norm_is_torchs_with_its_update_after_the_step():
+    ours, torchs = BatchNorm(WIDTH, 1e-5), torch.nn.BatchNorm1d(WIDTH, eps=1e-5, affine=False)
+    for step in range(3):
+        for x in torch.randn(2, BATCH, WIDTH) * 3 + step:
+            torch.testing.assert_close(ours(x), torchs(x))
+        ours.update(torch.stack(ours.seen), torch.tensor(True))
+        ours.seen.clear()
+    torch.testing.assert_close(ours.running_mean, torchs.running_mean)
+    torch.testing.assert_close(ours.running_var, torchs.running_var)
+    x = torch.randn(BATCH, WIDTH)
+    torch.testing.assert_close(ours.eval()(x), torchs.eval()(x))
+    before = ours.running_mean.clone()
+    ours.update(torch.full((1, 2, WIDTH), float("nan")), torch.tensor(False))
+    assert ours.running_mean.equal(before)
 
 
 @pytest.mark.parametrize("class_token", [False, True])

@@ -181,8 +181,13 @@ def test_a_gradient_that_is_not_finite_counts_as_zero(bad):
     before = {name: parameter.detach().clone() for name, parameter in trainable(model)}
     gradients(model, 0)
     model.head.query.grad[0, 0, 3] = bad
+    images, norm = torch.randn(4, 3, 8, 8), model.head.norm
+    model(images)
     assert optimizer.step(torch.tensor(1.0), 0.1).skipped.item() == 1
+    assert norm.running_var.equal(torch.ones(WIDTH))
     assert all(parameter.equal(before[name]) for name, parameter in trainable(model))
     gradients(model, 1)
+    model(images)
     assert optimizer.step(torch.tensor(1.0), 0.1).skipped.item() == 0
+    assert not norm.running_var.equal(torch.ones(WIDTH))
     assert not any(parameter.equal(before[name]) for name, parameter in trainable(model))
