@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import proof_tables
 from record import folder_name
 from static_tables import MISSING, static_tables, table
 from step_parts import PARTS
@@ -42,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     sections = {
         "measured": measured(results, gpus, args.results, args.readme.parent),
         "cpu": on_a_cpu(results.get("cpu", {})),
+        "proof": proof(args.results / "proof_of_learning", args.readme.parent),
         "static": static_tables(static),
     }
     for name, body in sections.items():
@@ -228,6 +230,21 @@ def on_a_cpu(suites: dict[str, dict[str, Any]]) -> str:
         cells = [MISSING, ""] if row is None or "ours" not in done else step_cells(row, done["ours"])[0::4][:2]
         rows.append([variant, *cells])
     return f"CPU {record['processor']} {facts(record)}:\n\n{table(head, rows)}"
+
+
+def proof(folder: Path, beside: Path) -> str:
+    """What proof_of_learning.py found: its table and a picture beside its results."""
+    path = folder / "results.json"
+    if not path.exists():
+        return f"Pretraining against random weights: {MISSING}."
+    record = json.loads(path.read_text(encoding="utf-8"))
+    proof_tables.draw(record["results"], folder / "probes.png")
+    steps = ", ".join(f"{name} {count:,}" for name, count in record["steps"].items())
+    shown = os.path.relpath(folder / "probes.png", beside)
+    made = record["provenance"]
+    title = f"Top-1 in % of 2,000 test images, mean (lowest..highest) over seeds; steps of pretraining: {steps}"
+    title += f" (`benchmarks/proof_of_learning.py`, revision {made['revision']}, torch {made['versions']['torch']})"
+    return f"{title}:\n\n{proof_tables.table(record['results'])}\n![Probes of every variant]({shown})"
 
 
 def pictures(device: str, suites: dict[str, dict[str, Any]], folder: Path, beside: Path) -> list[str]:

@@ -18,7 +18,6 @@ import contextlib
 import json
 import math
 import multiprocessing
-import os
 import signal
 import statistics
 import sys
@@ -31,6 +30,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from cluttered_set import make_cluttered_set
+from proof_tables import draw, table
 from provenance import provenance
 from torch import Tensor
 
@@ -63,7 +63,6 @@ PROBES = {
     "linear_class_token": ("optim.lr=3.0",),
     "attentive": ("optim.lr=0.2", "optim.epochs=10"),
 }
-COLUMNS = {"knn": "k-NN", "linear": "linear", "linear_class_token": "linear (class token)", "attentive": "attentive"}
 PRETRAIN = """
 model: {size: tiny}
 target: {kind: normalized_pixels}
@@ -232,44 +231,6 @@ def missed(results: dict[str, Any], sets: list[str]) -> list[str]:
     return found
 
 
-def table(results: dict[str, Any]) -> str:
-    """Markdown: means and, over seeds, the smallest and the largest value."""
-    titles = ["set", "variant", *COLUMNS.values(), "decoded without regressor"]
-    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-    for name, variants in results.items():
-        for variant, runs in variants.items():
-            cells = []
-            for column, digits in (*((probe, 1) for probe in COLUMNS), ("decoded", 2)):
-                values = [value[column] for value in runs.values() if column in value]
-                spread = f" ({min(values):.{digits}f}..{max(values):.{digits}f})" if len(values) > 1 else ""
-                cells.append(f"{statistics.mean(values):.{digits}f}{spread}" if values else "")
-            lines.append(f"| {name} | {variant} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def draw(results: dict[str, Any], out: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.5 * len(results), 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, (name, variants) in zip(figure.subplots(1, len(results), squeeze=False)[0], results.items(), strict=True):
-        for position, (variant, runs) in enumerate(variants.items()):
-            for offset, probe in enumerate(COLUMNS):
-                values = [value[probe] for value in runs.values() if probe in value]
-                if values:
-                    place = offset + (position - 2.5) * 0.14
-                    axes.bar(place, statistics.mean(values), 0.13, color=f"C{position}", label=variant * (offset == 0))
-                    axes.plot([place] * len(values), values, "k.", markersize=3)
-        axes.set_xticks(range(len(COLUMNS)), [title.replace(" (", "\n(") for title in COLUMNS.values()])
-        axes.set_title(f"{name}: top-1 in %, dots are seeds")
-        axes.set_ylim(bottom=10)
-        axes.legend(fontsize=7, loc="lower right")
-    temporary = out.with_name(f".{out.name}.tmp")
-    figure.savefig(temporary, format="png", dpi=130)
-    os.replace(temporary, out)
-
-
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sets", nargs="+", default=["fashion"], choices=list(THRESHOLDS))
@@ -304,10 +265,9 @@ def main() -> int:
         for variant in arguments.variants:
             runs.setdefault(variant, {})
     measure_all(arguments, sets, stored, path)
-    shown = {name: results[name] for name in arguments.sets}
-    write_text(work / "table.md", table(shown))
-    draw(shown, work / "probes.png")
-    print(table(shown))
+    write_text(work / "table.md", table(results))
+    draw(results, work / "probes.png")
+    print(table(results))
     if arguments.steps is not None or not {"cae", "random"} <= set(arguments.variants):
         print("thresholds hold for the full number of steps, of cae and random: not checked")
         return 0

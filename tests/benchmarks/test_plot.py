@@ -6,7 +6,7 @@ import plot
 import pytest
 
 README = "\n".join(
-    f"{plot.BEGIN.format(name=n)}\nold\n{plot.END.format(name=n)}\n" for n in ("measured", "cpu", "static")
+    f"{plot.BEGIN.format(name=n)}\nold\n{plot.END.format(name=n)}\n" for n in ("measured", "cpu", "proof", "static")
 )
 FACTS = {"driver": "580.1", "cuda": "13.0", "versions": {"torch": "2.11", "triton": "3.6.0"}, "revision": "abc123"}
 FACTS |= {"command": "benchmarks/x.py", "time": "2026-01-02T00:00:00Z", "processor": "a CPU"}
@@ -99,6 +99,20 @@ def test_other_shapes_of_ops_are_added(draw):
     assert len(rows) == 3, rows
     assert "| attention | ViT-L | reference | 200 | 600 | 24% | 24% | 1.00x |" in rows  # of its own run's bandwidth
     assert "| attention | ViT-H | triton | 200 | 200 | 71% | 71% | 2.00x |" in rows
+
+
+def test_proof_of_learning(draw, tmp_path):
+    assert "random weights: not measured" in draw()
+    folder = tmp_path / "results" / "proof_of_learning"
+    folder.mkdir()
+    seeds = {str(seed): {"knn": 70.0 + seed, "decoded": 0.5} for seed in range(3)}
+    made = {"revision": "abc", "versions": {"torch": "2.15"}}
+    record = {"steps": {"fashion": 1500}, "results": {"fashion": {"cae": seeds}}, "provenance": made}
+    (folder / "results.json").write_text(json.dumps(record))
+    text = draw()
+    assert "| fashion | cae | 71.0 (70.0..72.0) |" in text
+    assert (folder / "probes.png").read_bytes().startswith(b"\x89PNG")
+    assert "(results/proof_of_learning/probes.png)" in text
 
 
 def test_a_cpu_is_never_shown_as_a_gpu(draw):

@@ -16,7 +16,7 @@ def proof(monkeypatch):
     """benchmarks/proof_of_learning.py."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield importlib.import_module("proof_of_learning")
-    for name in ("proof_of_learning", "cluttered_set", "provenance"):
+    for name in ("proof_of_learning", "proof_tables", "cluttered_set", "provenance"):
         sys.modules.pop(name, None)
 
 

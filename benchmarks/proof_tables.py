@@ -1,0 +1,46 @@
+"""Table and picture of what proof_of_learning.py measured: results[set][variant][seed] with accuracies in percent."""
+
+import os
+import statistics
+from pathlib import Path
+from typing import Any
+
+COLUMNS = {"knn": "k-NN", "linear": "linear", "linear_class_token": "linear (class token)", "attentive": "attentive"}
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown: means and, over seeds, the smallest and the largest value."""
+    titles = ["set", "variant", *COLUMNS.values(), "decoded without regressor"]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for name, variants in results.items():
+        for variant, runs in variants.items():
+            cells = []
+            for column, digits in (*((probe, 1) for probe in COLUMNS), ("decoded", 2)):
+                values = [value[column] for value in runs.values() if column in value]
+                spread = f" ({min(values):.{digits}f}..{max(values):.{digits}f})" if len(values) > 1 else ""
+                cells.append(f"{statistics.mean(values):.{digits}f}{spread}" if values else "")
+            lines.append(f"| {name} | {variant} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(results: dict[str, Any], out: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.5 * len(results), 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (name, variants) in zip(figure.subplots(1, len(results), squeeze=False)[0], results.items(), strict=True):
+        for position, (variant, runs) in enumerate(variants.items()):
+            for offset, probe in enumerate(COLUMNS):
+                values = [value[probe] for value in runs.values() if probe in value]
+                if values:
+                    place = offset + (position - 2.5) * 0.14
+                    axes.bar(place, statistics.mean(values), 0.13, color=f"C{position}", label=variant * (offset == 0))
+                    axes.plot([place] * len(values), values, "k.", markersize=3)
+        axes.set_xticks(range(len(COLUMNS)), [title.replace(" (", "\n(") for title in COLUMNS.values()])
+        axes.set_title(f"{name}: top-1 in %, dots are seeds")
+        axes.set_ylim(bottom=10)
+        axes.legend(fontsize=7, loc="lower right")
+    temporary = out.with_name(f".{out.name}.tmp")
+    figure.savefig(temporary, format="png", dpi=130)
+    os.replace(temporary, out)
