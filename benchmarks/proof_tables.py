@@ -30,17 +30,19 @@ def draw(results: dict[str, Any], out: Path) -> None:
     figure = Figure(figsize=(5.5 * len(results), 4), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, (name, variants) in zip(figure.subplots(1, len(results), squeeze=False)[0], results.items(), strict=True):
+        width = 0.85 / len(variants)
         for position, (variant, runs) in enumerate(variants.items()):
             for offset, probe in enumerate(COLUMNS):
                 values = [value[probe] for value in runs.values() if probe in value]
                 if values:
-                    place = offset + (position - 2.5) * 0.14
-                    axes.bar(place, statistics.mean(values), 0.13, color=f"C{position}", label=variant * (offset == 0))
+                    place = offset + (position - (len(variants) - 1) / 2) * width
+                    label = variant * (offset == 0)
+                    axes.bar(place, statistics.mean(values), 0.9 * width, color=f"C{position}", label=label)
                     axes.plot([place] * len(values), values, "k.", markersize=3)
         axes.set_xticks(range(len(COLUMNS)), [title.replace(" (", "\n(") for title in COLUMNS.values()])
         axes.set_title(f"{name}: top-1 in %, dots are seeds")
-        axes.set_ylim(bottom=10)
-        axes.legend(fontsize=7, loc="lower right")
+        axes.axhline(10, color="black", linewidth=0.8, linestyle=":", label="chance")
+        axes.legend(fontsize=8, frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.12))
     temporary = out.with_name(f".{out.name}.tmp")
     figure.savefig(temporary, format="png", dpi=130)
     os.replace(temporary, out)
