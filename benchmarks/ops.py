@@ -82,7 +82,7 @@ class Sizes:
     name: str
     device: torch.device
     dtype: torch.dtype
-    other_batch: int | None = None
+    other_batch: int = 0
     """Instead of the shape's own; part of the name of a case."""
 
     def __post_init__(self) -> None:
@@ -347,17 +347,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-k", default="", help="only ops with this in their name")
     parser.add_argument("--shapes", nargs="*", choices=list(SHAPES), help="default: all but tiny; on a CPU tiny")
-    parser.add_argument("--batches", nargs="+", type=positive, default=[None], help="default: each shape's own")
+    parser.add_argument("--batches", nargs="+", type=int, default=[0], help="default: each shape's own")
     parser.add_argument("--seconds", type=float, default=0.2, help="of timing per number")
     parser.add_argument("--json", type=Path, help="write raw samples here, after every op")
-    return parser.parse_args(argv)
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError(f"a batch of {value}")
-    return value
+    args = parser.parse_args(argv)
+    if min(args.batches) < 0:
+        parser.error(f"--batches has {min(args.batches)}: give numbers above 0")
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -120,27 +120,10 @@ def _pointer(address, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit
 def _update(
-    addresses,
-    num_tensors,
-    start,
-    size,
-    decay,
-    clip_factor,
-    step,
-    lr,
-    beta1,
-    share1,
-    log_beta1,
-    beta2,
-    share2,
-    log_beta2,
-    eps,
-    GRADIENT: tl.constexpr,
-    WEIGHT: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    FULL: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    addresses, num_tensors, start, size, decay, clip_factor, step, lr, beta1, share1, log_beta1, beta2, share2,
+    log_beta2, eps,
+    GRADIENT: tl.constexpr, WEIGHT: tl.constexpr, ALIGNED: tl.constexpr, FULL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     offsets = start + tl.arange(0, BLOCK)
     inside = tl.full((BLOCK,), True, tl.int1) if FULL else offsets < size
     gradient = _pointer(addresses, GRADIENT, ALIGNED) + offsets
@@ -166,29 +149,10 @@ def _update(
 
 @triton.jit
 def _kernel(
-    addresses,
-    sizes,
-    decays,
-    chunk_tensors,
-    chunk_starts,
-    num_tensors,
-    clip_factor,
-    skip,
-    step,
-    lr,
-    beta1,
-    share1,
-    log_beta1,
-    beta2,
-    share2,
-    log_beta2,
-    eps,
-    GRADIENT: tl.constexpr,
-    WEIGHT: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    CHUNK: tl.constexpr,
-    PIECE: tl.constexpr,
-):
+    addresses, sizes, decays, chunk_tensors, chunk_starts, num_tensors, clip_factor, skip, step, lr, beta1, share1,
+    log_beta1, beta2, share2, log_beta2, eps,
+    GRADIENT: tl.constexpr, WEIGHT: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, PIECE: tl.constexpr,
+):  # fmt: skip
     if tl.load(skip) == 0:
         chunk = tl.program_id(0)
         tensor = tl.load(chunk_tensors + chunk)

@@ -48,20 +48,9 @@ def alignment_loss_backward_reference(
 
 @triton.jit
 def _difference(
-    prediction,
-    target,
-    weight,
-    bias,
-    row,
-    num_rows,
-    num_tokens,
-    batch_stride,
-    token_stride,
-    eps,
-    D: tl.constexpr,
-    NORM: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    prediction, target, weight, bias, row, num_rows, num_tokens, batch_stride, token_stride, eps,
+    D: tl.constexpr, NORM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """prediction - t of some rows, float32, 0 outside, and the offsets and mask of the rows in prediction."""
     columns = tl.arange(0, BLOCK)[None, :]
     inside = (row < num_rows)[:, None] & (columns < D)
@@ -82,22 +71,9 @@ def _difference(
 
 @triton.jit
 def _forward_kernel(
-    prediction,
-    target,
-    weight,
-    bias,
-    partial,
-    num_rows,
-    num_tokens,
-    batch_stride,
-    token_stride,
-    eps,
-    share,
-    D: tl.constexpr,
-    NORM: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    prediction, target, weight, bias, partial, num_rows, num_tokens, batch_stride, token_stride, eps, share,
+    D: tl.constexpr, NORM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     program = tl.program_id(0)
     total = tl.zeros((ROWS, BLOCK), tl.float32)
     for start in range(program * ROWS, num_rows, tl.num_programs(0) * ROWS):
@@ -111,23 +87,9 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    grad,
-    prediction,
-    target,
-    weight,
-    bias,
-    out,
-    num_rows,
-    num_tokens,
-    batch_stride,
-    token_stride,
-    eps,
-    share,
-    D: tl.constexpr,
-    NORM: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    grad, prediction, target, weight, bias, out, num_rows, num_tokens, batch_stride, token_stride, eps, share,
+    D: tl.constexpr, NORM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     difference, offsets, inside = _difference(
         prediction, target, weight, bias, row, num_rows, num_tokens, batch_stride, token_stride, eps, D, NORM, BLOCK

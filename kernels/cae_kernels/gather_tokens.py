@@ -47,20 +47,9 @@ def _backward_reference(
 
 @triton.jit
 def _write_rows(
-    out,
-    patches,
-    ids,
-    cls_token,
-    pos_embed,
-    first,
-    rows,
-    tokens,
-    num_patches,
-    ids_stride,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    out, patches, ids, cls_token, pos_embed, first, rows, tokens, num_patches, ids_stride,
+    D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     """Rows first... of out (B * tokens, D); a row's position is patch + 1, the class token's 0."""
     row = first + tl.arange(0, ROWS)
     image = (row // tokens).to(tl.int64)
@@ -79,23 +68,10 @@ def _write_rows(
 
 @triton.jit
 def _forward_kernel(
-    patches,
-    visible_ids,
-    masked_ids,
-    cls_token,
-    pos_embed,
-    visible,
-    masked,
-    batch,
-    num_patches,
-    visible_tokens,
-    masked_tokens,
-    visible_stride,
-    masked_stride,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    patches, visible_ids, masked_ids, cls_token, pos_embed, visible, masked, batch, num_patches, visible_tokens,
+    masked_tokens, visible_stride, masked_stride,
+    D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     program = tl.program_id(0)
     first = program * ROWS
     rows = batch * visible_tokens
@@ -138,17 +114,9 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    d_visible,
-    visible_ids,
-    d_patches,
-    num_visible,
-    num_patches,
-    ids_stride,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-    IDS: tl.constexpr,
-):
+    d_visible, visible_ids, d_patches, num_visible, num_patches, ids_stride,
+    D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, IDS: tl.constexpr,
+):  # fmt: skip
     image = tl.program_id(0).to(tl.int64)
     patch = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     token = tl.zeros((ROWS,), tl.int32)  # of the patch in d_visible; 0, the class token's, says that it is not there

@@ -59,17 +59,9 @@ def linear_cross_entropy_gradients_reference(
 
 @triton.jit
 def _kernel(
-    logits,
-    target,
-    count,
-    statistics,
-    d_bias,
-    rows,
-    codes,
-    ignore_index,
-    HAS_GRADIENT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    logits, target, count, statistics, d_bias, rows, codes, ignore_index,
+    HAS_GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     program = tl.program_id(0)
     step = tl.num_programs(0)
     column = tl.arange(0, BLOCK)

@@ -70,23 +70,11 @@ def _store_ids(visible_ids, masked_ids, image, masked, N: tl.constexpr, NUM_MASK
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high"])
 def _block_kernel(
-    positions,
-    visible_ids,
-    masked_ids,
-    seed_low,
-    seed_high,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    NUM_MASKED: tl.constexpr,
-    MIN_BLOCK: tl.constexpr,
-    MAX_BLOCK: tl.constexpr,
-    LOG_SLOPE: tl.constexpr,
-    LOG_START: tl.constexpr,
-    MAX_PROPOSALS: tl.constexpr,
-    STREAM: tl.constexpr,
-    ROUNDS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    positions, visible_ids, masked_ids, seed_low, seed_high,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, NUM_MASKED: tl.constexpr, MIN_BLOCK: tl.constexpr,
+    MAX_BLOCK: tl.constexpr, LOG_SLOPE: tl.constexpr, LOG_START: tl.constexpr, MAX_PROPOSALS: tl.constexpr,
+    STREAM: tl.constexpr, ROUNDS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     image = tl.program_id(0).to(tl.int64)
     position = tl.load(positions + image)
     patch = tl.arange(0, BLOCK)
@@ -115,17 +103,9 @@ def _block_kernel(
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high"])
 def _random_kernel(
-    positions,
-    visible_ids,
-    masked_ids,
-    seed_low,
-    seed_high,
-    N: tl.constexpr,
-    NUM_MASKED: tl.constexpr,
-    STREAM: tl.constexpr,
-    ROUNDS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    positions, visible_ids, masked_ids, seed_low, seed_high,
+    N: tl.constexpr, NUM_MASKED: tl.constexpr, STREAM: tl.constexpr, ROUNDS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     image = tl.program_id(0).to(tl.int64)
     patch = tl.arange(0, BLOCK)
     draw = (patch // 4).to(tl.uint32)

@@ -27,33 +27,10 @@ def _store_affine(out, offset, hat, weight, bias, column, inside, D: tl.constexp
 
 @triton.jit
 def forward_kernel(
-    x,
-    branch,
-    gamma,
-    keep,
-    pos_embed,
-    ids,
-    weight_q,
-    bias_q,
-    weight_k,
-    bias_k,
-    weight_v,
-    bias_v,
-    x_new,
-    q,
-    k,
-    v,
-    stats,
-    rows,
-    tokens,
-    batch_stride,
-    row_stride,
-    ids_stride,
-    eps,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    x, branch, gamma, keep, pos_embed, ids, weight_q, bias_q, weight_k, bias_k, weight_v, bias_v, x_new, q, k, v,
+    stats, rows, tokens, batch_stride, row_stride, ids_stride, eps,
+    D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     row, exists, image = tile_rows(tl.program_id(0) * ROWS, rows, tokens, ROWS)
     column = tl.arange(0, BLOCK)
     inside = exists[:, None] & (column < D)[None, :]
@@ -78,33 +55,10 @@ def forward_kernel(
 
 @triton.jit
 def backward_kernel(
-    d_x_new,
-    d_q,
-    d_k,
-    d_v,
-    x,
-    branch,
-    gamma,
-    keep,
-    pos_embed,
-    ids,
-    weight_q,
-    weight_k,
-    weight_v,
-    stats,
-    d_x,
-    d_branch,
-    partial,
-    rows,
-    tokens,
-    batch_stride,
-    row_stride,
-    ids_stride,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    d_x_new, d_q, d_k, d_v, x, branch, gamma, keep, pos_embed, ids, weight_q, weight_k, weight_v, stats, d_x, d_branch,
+    partial, rows, tokens, batch_stride, row_stride, ids_stride,
+    D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     column = tl.arange(0, BLOCK)
     d_weight_k = tl.zeros((ROWS, BLOCK), tl.float32)
     d_bias_k = tl.zeros((ROWS, BLOCK), tl.float32)

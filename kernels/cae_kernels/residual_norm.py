@@ -111,24 +111,9 @@ def _backward_reference(
 
 @triton.jit
 def _forward_kernel(
-    x,
-    branch,
-    gamma,
-    keep,
-    weight,
-    bias,
-    x_new,
-    normed,
-    stats,
-    rows,
-    tokens,
-    batch_stride,
-    row_stride,
-    eps,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    x, branch, gamma, keep, weight, bias, x_new, normed, stats, rows, tokens, batch_stride, row_stride, eps,
+    D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     row, exists, image = tile_rows(tl.program_id(0) * ROWS, rows, tokens, ROWS)
     column = tl.arange(0, BLOCK)
     inside = exists[:, None] & (column < D)[None, :]
@@ -147,26 +132,10 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    d_x_new,
-    d_normed,
-    x,
-    branch,
-    gamma,
-    keep,
-    weight,
-    stats,
-    d_x,
-    d_branch,
-    partial,
-    rows,
-    tokens,
-    batch_stride,
+    d_x_new, d_normed, x, branch, gamma, keep, weight, stats, d_x, d_branch, partial, rows, tokens, batch_stride,
     row_stride,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     column = tl.arange(0, BLOCK)
     scale = load_vector(weight, column, D)
     d_weight = tl.zeros((ROWS, BLOCK), tl.float32)
