@@ -6,11 +6,11 @@ from .attention import attention
 from .bias_relu import bias_relu, bias_residual_relu, conv2d_and_bias
 from .block_mask import block_mask, random_mask
 from .cross_attention import cross_attention
+from .drop_path import drop_path_scales
 from .gather_tokens import gather_tokens
 from .linear_argmax import linear_argmax
 from .linear_cross_entropy import linear_cross_entropy
 from .linear_gelu import linear_gelu
-from .philox import drop_path_scales
 from .qkv_norm import QKV, norm_qkv, residual_norm_qkv
 from .residual_norm import layer_norm, residual_norm
 

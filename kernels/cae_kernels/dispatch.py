@@ -24,6 +24,7 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     "bias_relu": ("triton", "reference"),
     "block_mask": ("triton", "reference"),
     "cross_attention": ATTENTION,
+    "drop_path": ("triton", "reference"),
     "gather_tokens": ("triton", "reference"),
     "layer_norm": ("triton", "reference", "liger", "apex"),
     "linear_argmax": ("triton", "reference"),

@@ -19,7 +19,7 @@ SETTINGS = {"num_warps": 1, "num_stages": 1, "enable_fp_fusion": False}
 
 
 @triton.jit
-def _words(draw, position, seed_low, seed_high, STREAM: tl.constexpr, ROUNDS: tl.constexpr):
+def words(draw, position, seed_low, seed_high, STREAM: tl.constexpr, ROUNDS: tl.constexpr):
     """The four words of philox.draw; draw: uint32, position: int64 scalar."""
     zero = draw & 0
     low, high = position.to(tl.uint32), (position >> 32).to(tl.uint32)
@@ -28,7 +28,7 @@ def _words(draw, position, seed_low, seed_high, STREAM: tl.constexpr, ROUNDS: tl
 
 
 @triton.jit
-def _uniform(bits):
+def uniform(bits):
     return (bits >> 8).to(tl.float32) * (2.0**-24)
 
 
@@ -83,13 +83,13 @@ def _block_kernel(
     remaining = tl.sum(free, 0) * 0.0 + NUM_MASKED
     proposal = tl.program_id(0) * 0
     while (proposal < MAX_PROPOSALS) & (remaining > 0.0):
-        area, aspect, vertical, horizontal = _words(
+        area, aspect, vertical, horizontal = words(
             proposal.to(tl.uint32), position, seed_low, seed_high, STREAM, ROUNDS
         )
-        stretch = _exp(_uniform(aspect) * LOG_SLOPE + LOG_START)
+        stretch = _exp(uniform(aspect) * LOG_SLOPE + LOG_START)
         limit = tl.minimum(remaining, MAX_BLOCK)
-        top, rows = _place(limit, stretch, _uniform(area), _uniform(vertical), HEIGHT, MIN_BLOCK)
-        left, columns = _place(limit, tl.div_rn(1.0, stretch), _uniform(area), _uniform(horizontal), WIDTH, MIN_BLOCK)
+        top, rows = _place(limit, stretch, uniform(area), uniform(vertical), HEIGHT, MIN_BLOCK)
+        left, columns = _place(limit, tl.div_rn(1.0, stretch), uniform(area), uniform(horizontal), WIDTH, MIN_BLOCK)
         inside = (row >= top) & (row < top + rows) & (column >= left) & (column < left + columns)
         new = tl.sum(tl.where(inside, free, 0.0), 0)
         fits = (rows < HEIGHT) & (columns < WIDTH) & (new > 0.0) & (new <= limit)
@@ -109,7 +109,7 @@ def _random_kernel(
     image = tl.program_id(0).to(tl.int64)
     patch = tl.arange(0, BLOCK)
     draw = (patch // 4).to(tl.uint32)
-    first, second, third, fourth = _words(draw, tl.load(positions + image), seed_low, seed_high, STREAM, ROUNDS)
+    first, second, third, fourth = words(draw, tl.load(positions + image), seed_low, seed_high, STREAM, ROUNDS)
     word = patch % 4
     number = tl.where(word == 0, first, tl.where(word == 1, second, tl.where(word == 2, third, fourth)))
     key = number.to(tl.int64) * BLOCK + patch  # all different: equal numbers in the order of their patches
@@ -124,7 +124,7 @@ def _random_kernel(
     _store_ids(visible_ids, masked_ids, image, key <= threshold, N, NUM_MASKED, BLOCK)
 
 
-def _signed(word: int) -> int:
+def signed(word: int) -> int:
     """The int32 with the same bits as the low 32 of `word`, so that every seed gives arguments of one type."""
     word &= 0xFFFFFFFF
     return word - 2**32 if word >= 2**31 else word
@@ -152,8 +152,8 @@ def launch_block_mask(
     _block_kernel[(len(positions),)](
         positions,
         *outputs,
-        _signed(seed),
-        _signed(seed >> 32),
+        signed(seed),
+        signed(seed >> 32),
         height,
         width,
         num_masked,
@@ -177,8 +177,8 @@ def launch_random_mask(positions: Tensor, seed: int, patches: int, num_masked: i
     _random_kernel[(len(positions),)](
         positions,
         *outputs,
-        _signed(seed),
-        _signed(seed >> 32),
+        signed(seed),
+        signed(seed >> 32),
         patches,
         num_masked,
         STREAM_MASK,

@@ -3,8 +3,6 @@
 A number is a pure function of (seed; draw, global sample position, stream), so no generator has a state to save, and
 the order, the split into batches and the device do not matter. Counter words: c0 draw number, c1 and c3 the low and
 high 32 bits of the position, c2 the stream; key: the low and high 32 bits of the seed.
-
-Shapes: B samples, L drop-path branches.
 """
 
 import torch
@@ -51,17 +49,3 @@ def draw(seed: int, stream: int, draws: Tensor, positions: Tensor) -> tuple[Tens
     """philox4x32 with this project's counter layout; draws and positions are int64 tensors >= 0 that broadcast."""
     stream_word = torch.full((), stream, device=positions.device)
     return philox4x32(seed, draws, positions & _LOW_32, stream_word, positions >> 32)
-
-
-def drop_path_scales(seed: int, positions: Tensor, rates: Tensor) -> Tensor:
-    """What each residual branch of each sample is multiplied by (Huang et al., Deep Networks with Stochastic Depth).
-
-    positions: (B,) int64, the samples' global positions. rates: (L,) float32 in [0, 1), drop probability per branch,
-    on the same device. Returns (L, B) float32: 0 with probability rates[l], else 1 / (1 - rates[l]).
-    Branch l uses word l % 4 of draw l // 4 of STREAM_DROP_PATH.
-    """
-    draws = torch.arange((len(rates) + 3) // 4, device=positions.device)[:, None]  # (ceil(L / 4), 1)
-    words = torch.stack(draw(seed, STREAM_DROP_PATH, draws, positions[None]), dim=1)  # (ceil(L / 4), 4, B)
-    numbers = uniform(words.flatten(0, 1)[: len(rates)])  # (L, B)
-    keep = numbers >= rates[:, None]
-    return keep.to(torch.float32) / (1.0 - rates[:, None])  # (L, B)

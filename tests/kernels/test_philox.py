@@ -4,7 +4,7 @@ import scipy.stats
 import torch
 
 from cae_fast.data import sampling
-from cae_kernels.philox import STREAM_DROP_PATH, STREAM_MASK, draw, drop_path_scales, philox4x32, uniform
+from cae_kernels.philox import STREAM_MASK, draw, philox4x32, uniform
 
 ONES = 2**32 - 1
 
@@ -77,54 +77,10 @@ def test_uniform_passes_kolmogorov_smirnov_and_words_are_uncorrelated():
     assert correlation.abs().max() < 5 / 50_000**0.5
 
 
-RATES = torch.tensor([0.0, 0.01, 0.05, 0.1, 0.3, 0.5, 0.9])
-
-
-def test_drop_path_scales_drop_each_branch_with_its_rate():
-    samples = 40_000
-    scales = drop_path_scales(11, torch.arange(samples), RATES)
-    assert scales.shape == (len(RATES), samples)
-    assert scales.dtype == torch.float32
-    for branch, rate in zip(scales, RATES, strict=True):
-        dropped = int((branch == 0).sum())
-        assert torch.all((branch == 0) | (branch == 1 / (1 - rate)))
-        assert scipy.stats.binomtest(dropped, samples, rate.item()).pvalue > 1e-4
-        deviation = (rate / (1 - rate) / samples).sqrt()  # standard error of a mean of 1
-        assert abs(branch.mean() - 1) <= 5 * deviation + 1e-6
-
-
-def test_drop_path_scales_drop_branches_independently():
-    dropped = drop_path_scales(12, torch.arange(40_000), torch.full((6,), 0.3)) == 0
-    correlation = torch.corrcoef(dropped.to(torch.float32)) - torch.eye(6)
-    assert correlation.abs().max() < 5 / 40_000**0.5
-
-
-def test_drop_path_scales_follow_the_documented_layout():
-    positions = [0, 7, 2**32 + 9]
-    rates = torch.full((6,), 0.5)
-    scales = drop_path_scales(2**40 + 5, torch.tensor(positions), rates)
-    for branch in range(6):
-        for sample, position in enumerate(positions):
-            counter = (branch // 4, position % 2**32, STREAM_DROP_PATH, position // 2**32)
-            number = plain_philox(2**40 + 5, counter)[branch % 4] // 2**8 / 2**24
-            assert scales[branch, sample].item() == (0.0 if number < 0.5 else 2.0)
-
-
-def test_drop_path_scales_do_not_depend_on_batch_split_or_branch_count():
-    positions = torch.arange(1000, 1064)
-    whole = drop_path_scales(5, positions, RATES)
-    parts = [drop_path_scales(5, part, RATES) for part in positions.split(17)]
-    assert torch.equal(whole, torch.cat(parts, dim=1))
-    assert torch.equal(whole[:3], drop_path_scales(5, positions, RATES[:3]))
-    assert not torch.equal(whole, drop_path_scales(6, positions, RATES))
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_cuda_makes_the_same_numbers():
     positions = torch.arange(300) + 2**33
-    on_device = drop_path_scales(5, positions.cuda(), RATES.cuda()).cpu()
-    assert torch.equal(on_device, drop_path_scales(5, positions, RATES))
     for cpu, cuda in zip(
         draw(1, STREAM_MASK, torch.tensor(9), positions),
         draw(1, STREAM_MASK, torch.tensor(9, device="cuda"), positions.cuda()),
