@@ -181,6 +181,7 @@ def test_a_stopped_run_ends_the_same(place, head, overrides):
     assert [line["step"] for line in metrics(stopped)][-1] == STEPS
 
 
+@pytest.mark.slow
 def test_sigterm_leaves_a_checkpoint_and_the_run_goes_on(place):
     overrides = ["optim.epochs=40", "log.every_steps=1"]
     folder = place / "runs/terminated"

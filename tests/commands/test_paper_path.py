@@ -28,6 +28,7 @@ CAE = (
 )
 
 
+@pytest.mark.slow
 def test_tokenizer_training_then_pretraining_on_its_codes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tokenizer.yaml").write_text(TOKENIZER)

@@ -56,6 +56,7 @@ def test_a_run_learns_and_leaves_its_files(uninterrupted):
     assert f"step {STEPS}/{STEPS}" in output.replace("step  ", "step ")
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_it_ends_the_same(workplace, uninterrupted):
     run, randomly = workplace / "runs/killed", random.Random()
     seed = randomly.randrange(2**32)

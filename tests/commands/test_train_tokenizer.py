@@ -89,6 +89,7 @@ def test_the_tokenizer_of_a_run_loads(uninterrupted):
     assert tokenizer.decode_codes(tokenizer.code_grid(images)).shape == (2, 3, 24, 24)
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_it_ends_the_same(workplace, uninterrupted):
     run, randomly = workplace / "runs/killed", random.Random()
     seed = randomly.randrange(2**32)
