@@ -82,6 +82,7 @@ def test_killed_at_random_moments_it_ends_the_same(workplace, uninterrupted):
     assert not list(run.rglob("*.tmp"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_asked_to_stop_it_saves_and_continues(workplace, uninterrupted, number):
     run = workplace / f"runs/stopped{number}"
