@@ -347,11 +347,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-k", default="", help="only ops with this in their name")
     parser.add_argument("--shapes", nargs="*", choices=list(SHAPES), help="default: all but tiny; on a CPU tiny")
-    parser.add_argument("--batches", nargs="+", type=int, default=[0], help="default: each shape's own")
+    parser.add_argument("--batches", nargs="+", type=int, help="default: each shape's own")
     parser.add_argument("--seconds", type=float, default=0.2, help="of timing per number")
     parser.add_argument("--json", type=Path, help="write raw samples here, after every op")
     args = parser.parse_args(argv)
-    if min(args.batches) < 0:
+    if args.batches and min(args.batches) < 1:
         parser.error(f"--batches has {min(args.batches)}: give numbers above 0")
     return args
 
@@ -369,7 +369,7 @@ def main(argv: list[str] | None = None) -> int:
         "ratios are to the plain torch reference"
     )
     rows: list[dict] = []
-    for shape, batch in product(shapes, args.batches):
+    for shape, batch in product(shapes, args.batches or [0]):
         torch.manual_seed(0)
         for case in cases(Sizes(shape, device, dtype, batch)):
             if args.k in case.op:

@@ -72,7 +72,8 @@ def load(folder: Path) -> tuple[Results, dict[str, Any] | None]:
         if before and found["suite"] in ROW_KEYS:
             key = ROW_KEYS[found["suite"]]
             rows = {tuple(row[k] for k in key): row for row in (*before["rows"], *found["rows"])}
-            found = found | {"rows": list(rows.values())}
+            commands = dict.fromkeys((*before["command"].split("; "), found["command"]))
+            found = found | {"rows": list(rows.values()), "command": "; ".join(commands)}
         suites[found["suite"]] = found
     return results, static
 

@@ -23,7 +23,7 @@ from cae_fast.models.cae import ContextAutoencoder, ModelShape, resolve_model
 from cae_fast.models.dalle import DalleEncoder, DalleTokenizer
 from cae_fast.models.flops import forward_flops, pretraining_flops
 from cae_fast.models.memory import activations, targets_bytes, traffic, working_bytes
-from cae_fast.models.tokenizers import Targets, make_targets, prediction_dim
+from cae_fast.models.tokenizers import ENCODED_AT_ONCE, PixelTargets, Targets, make_targets, prediction_dim
 from cae_fast.training.checkpoint import write_text
 from cae_fast.training.engine import PRECISIONS
 from cae_fast.training.estimation import (
@@ -133,6 +133,7 @@ def workload(config: PretrainConfig, images: int, data_rate: float | None) -> Wo
         working=working_bytes(model, masked, element),
         targets_weights=weights,
         targets_working=working,
+        targets_at_once=batch if isinstance(targets, PixelTargets) else ENCODED_AT_ONCE,
         # uint8 as loaded, float32 normalized, and in the type of the training
         inputs=2 * (3 * shape.image_size**2 * (5 + element) + target_values + 8 * model.encoder.grid**2),
         global_batch=batch,

@@ -14,7 +14,7 @@ of processes.
 import argparse
 import json
 import logging
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -37,7 +37,7 @@ from cae_fast.data.normalize import Normalize
 from cae_fast.data.sampling import SamplingPlan
 from cae_fast.models.cae import CaeLosses, ContextAutoencoder, resolve_model
 from cae_fast.models.flops import pretraining_flops
-from cae_fast.models.tokenizers import Targets, file_sha256, make_targets, prediction_dim
+from cae_fast.models.tokenizers import Encode, Targets, file_sha256, make_encode, make_targets, prediction_dim
 from cae_fast.training.checkpoint import consolidated, remove_leftovers, save_model, save_state, write_text
 from cae_fast.training.distributed import World, joined, read_world
 from cae_fast.training.engine import PRECISIONS
@@ -224,7 +224,7 @@ class Job:
     model: ContextAutoencoder
     engine: AnyEngine
     targets: Targets
-    encode: Callable[[Tensor, Tensor], Tensor]
+    encode: Encode
     tokenizer_sha256: str | None
     normalize: Normalize
     drop_path_rates: Tensor
@@ -320,7 +320,7 @@ def prepare(config: PretrainConfig, world: World, device: torch.device) -> Job:
         model,
         engine,
         targets,
-        torch.compile(targets.encode) if config.target.compile else targets.encode,
+        make_encode(targets, config.target.compile),
         tokenizer_sha256,
         Normalize(config.data.mean, config.data.std, device),
         torch.tensor(model.branch_rates(), device=device),  # (L,)

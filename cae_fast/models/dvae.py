@@ -189,8 +189,10 @@ class DiscreteVAE(nn.Module):
         """uint8 images (B, 3, S, S) -> (B, C, G, G) in the weights' type. Raises ValueError for an unfit side."""
         if images.shape[-1] % STRIDE or images.shape[-2] % STRIDE:
             raise ValueError(f"images of {tuple(images.shape[-2:])} pixels: the sides must be multiples of {STRIDE}")
-        normalized = (images.float() / 255 - MEAN) / STD
-        return self.encoder(normalized.to(self.head.weight.dtype))
+        normalized = ((images.float() / 255 - MEAN) / STD).to(self.head.weight.dtype)
+        if normalized.is_cuda:
+            normalized = normalized.contiguous(memory_format=torch.channels_last)  # all that follows then is, too
+        return self.encoder(normalized)
 
     @torch.no_grad()
     def encode(self, token_images: Tensor, masked_ids: Tensor) -> Tensor:

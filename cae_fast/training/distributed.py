@@ -242,9 +242,11 @@ def _connect(world: World, device: torch.device, timeout: timedelta) -> None:
 def set_group_timeouts(timeout_seconds: float, world: World) -> None:
     """Give groups that others made the run's timeout: a new group has torch's own, whatever the default group has."""
     groups = dist.distributed_c10d
+    # The public name is younger than torch 2.11; newer versions warn of the private one.
+    set_timeout = getattr(dist, "set_timeout", None) or groups._set_pg_timeout
     for group in list(groups._world.pg_map):
         if group is not world.patient:
-            groups._set_pg_timeout(timedelta(seconds=timeout_seconds), group)
+            set_timeout(timedelta(seconds=timeout_seconds), group)
 
 
 def _end(error: BaseException, world: World) -> None:

@@ -67,6 +67,7 @@ class Workload:
     working: int
     targets_weights: int
     targets_working: int
+    targets_at_once: int
     inputs: int
     """Of two steps: the one in progress and the next."""
     global_batch: int
@@ -180,7 +181,8 @@ def peak_bytes(work: Workload, gpus: int, stage: int, micro: int, checkpointing:
     state = model_state(work.parameters, stage, gpus, work.element).total
     if stage == 3:  # gathered for a pass: below DeepSpeed's limit of 1e9 live parameters, all of them
         state += work.parameters * work.element
-    images = micro * (kept.per_image + work.working + work.targets_working + work.inputs) + kept.fixed
+    images = micro * (kept.per_image + work.working + work.inputs) + kept.fixed
+    images += min(micro, work.targets_at_once) * work.targets_working
     buckets = BUCKET_BYTES if gpus > 1 else 0
     return state + work.targets_weights + CONTEXT_BYTES + buckets + FRAGMENTATION * images
 

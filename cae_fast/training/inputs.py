@@ -1,4 +1,4 @@
-"""What a pretraining step reads, made on the device while the step before it runs.
+"""What a pretraining step reads, on CUDA made while the step before it runs.
 
 B micro-batch, S image side, Nv visible, Nm masked, P values of a patch, D width, L residual branches.
 """
@@ -31,33 +31,29 @@ class StepInputs(NamedTuple):
 def inputs_ahead(
     steps: Iterator[list[Batch]], make_inputs: Callable[[Batch], StepInputs], device: torch.device
 ) -> Generator[tuple[list[StepInputs], float], None, None]:
-    """For every step its micro-batches' inputs, and the seconds spent waiting for the data.
+    """For every step its micro-batches' inputs, and the seconds that the host spent waiting for the data.
 
-    The copy to the device, the tokenizer and all else in `make_inputs` run one step ahead; on CUDA on a stream of
-    their own, so that they fill what the step leaves idle.
+    A step's inputs are handed over as soon as they are there; only then, with that step launched, the next batch is
+    asked for: a late batch never delays a step whose inputs are ready. On CUDA the copy to the device, the tokenizer
+    and all else in `make_inputs` run on a stream of their own, beside the step before.
     """
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     if stream is not None:
         stream.wait_stream(torch.cuda.current_stream(device))  # it wrote the tokenizer's weights
 
-    def start_next() -> tuple[list[StepInputs], float] | None:
-        with torch.cuda.stream(stream), torch.no_grad():
-            began = time.perf_counter()
-            batches = next(steps, None)
-            waited = time.perf_counter() - began
-            if batches is None:
-                return None
-            with torch.profiler.record_function("inputs"):
-                return [make_inputs(batch.to(device)) for batch in batches], waited
+    while True:
+        began = time.perf_counter()
+        batches = next(steps, None)
+        waited = time.perf_counter() - began
+        if batches is None:
+            return
 
-    current = start_next()
-    while current is not None:
-        ready = None if stream is None else stream.record_event()
-        following = start_next()
-        if ready is not None:
-            hand_over(current[0], ready, torch.cuda.current_stream(device))
-        yield current
-        current = following
+        with torch.cuda.stream(stream), torch.no_grad(), torch.profiler.record_function("inputs"):
+            inputs = [make_inputs(batch.to(device)) for batch in batches]
+        if stream is not None:
+            hand_over(inputs, stream.record_event(), torch.cuda.current_stream(device))
+        del batches  # a batch that stays pinned, or on the device, while the step runs helps nobody
+        yield inputs, waited
 
 
 def hand_over(inputs: list[StepInputs], ready: torch.cuda.Event, stream: torch.cuda.Stream) -> None:

@@ -94,6 +94,7 @@ def choose_device(train: TrainConfig, local_rank: int = 0) -> torch.device:
         raise UserError(f"this machine has {count} CUDA devices, but more processes: start one for each device")
     device = torch.device("cuda", local_rank if local_rank < count else 0)
     torch.cuda.set_device(device)
+    torch.backends.cudnn.benchmark = True  # shapes never change: the fastest convolution is searched once
     return device
 
 

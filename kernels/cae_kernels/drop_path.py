@@ -73,7 +73,7 @@ def _launch(seed: int, positions: Tensor, rates: Tensor) -> Tensor:
 
 
 def report_specs() -> list[Spec]:
-    """ViT-L of B = 256: 24 + 4 + 4 blocks of two branches, the regressor's of two as well."""
+    """ViT-L at B = 256: 24 blocks of the encoder, 4 of the regressor and 4 of the decoder, two branches each."""
     pointers = {"positions": "*i64:16", "rates": "*fp32:16", "scales": "*fp32:16"}
     sizes = {"seed_low": "i32", "seed_high": "i32", "batch": "i32:16", "branches": "i32:16"}
     constants = {"STREAM": STREAM_DROP_PATH, "ROUNDS": ROUNDS, "BLOCK": BLOCK}

@@ -91,12 +91,10 @@ def test_other_shapes_of_ops_are_added(draw):
     first = {"ceilings": {"copy": 3e12, "product": 8e14}, "rows": [op_row("reference", 0.2, 0.6)]}
     other = [op_row("reference", 0.4, 0.4) | {"shape": "ViT-H"}, op_row("triton", 0.2, 0.2) | {"shape": "ViT-H"}]
     second = {"ceilings": {"copy": 2e12, "product": 8e14}, "rows": other, "time": "2026-01-03T00:00:00Z"}
-    rows = [
-        line
-        for line in draw(("ops", H100, second), ("ops", H100, first)).splitlines()
-        if line.startswith("| attention |")
-    ]
+    text = draw(("ops", H100, second | {"command": "benchmarks/y.py"}), ("ops", H100, first))
+    rows = [line for line in text.splitlines() if line.startswith("| attention |")]
     assert len(rows) == 3, rows
+    assert "(`benchmarks/x.py; benchmarks/y.py`" in text
     assert "| attention | ViT-L | reference | 200 | 600 | 24% | 24% | 1.00x |" in rows  # of its own run's bandwidth
     assert "| attention | ViT-H | triton | 200 | 200 | 71% | 71% | 2.00x |" in rows
 

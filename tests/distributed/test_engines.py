@@ -64,8 +64,8 @@ def two(tmp_path_factory) -> Runs:
     whole["accumulated2"] = {"zero": 2, "accumulation": 2, "steps": 5}
     whole |= {f"poisoned{stage}": {"zero": stage, "steps": 4, "poison": 2} for stage in STAGES}
     whole |= {f"offloaded{stage}": {"zero": stage, "steps": 5, "offload": True} for stage in (1, 3)}
-    overlap = str(ROOT / "configs/deepspeed/zero1_8xh100.json")
-    whole["shipped"] = {"zero": 1, **BF16, "overlay": overlap}
+    for name, file in (("shipped", "zero1_8xh100"), ("overlapped", "zero1_8xh100_overlap")):
+        whole[name] = {"zero": 1, **BF16, "overlay": str(ROOT / f"configs/deepspeed/{file}.json")}
     whole |= {f"bf16_{stage}": {"zero": stage, **BF16} for stage in (0, 1, 2)}
     whole |= {f"half{stage}": {"zero": stage, **BF16, "steps": HALF} for stage in STAGES}
     loads = {"0to1": (0, 1), "1to2": (1, 2), "2to3": (2, 3), "3to0": (3, 0)}
@@ -144,6 +144,7 @@ def test_bfloat16_of_two_processes_is_the_same_in_stages_1_and_2(two):
     assert two.result("bf16_1") == two.result("bf16_2")
     same(two.tensors("bf16_1"), two.tensors("bf16_2"))
     same(two.tensors("bf16_1"), two.tensors("shipped"))
+    same(two.tensors("bf16_1"), two.tensors("overlapped"))
     assert two.losses("bf16_0") == pytest.approx(two.losses("bf16_1"), rel=1e-5)
 
 

@@ -13,7 +13,7 @@ from cae_fast.cli import main
 from cae_fast.config import TargetConfig, TokenizerConfig, UserError
 from cae_fast.models.dalle import DalleDecoder, DalleEncoder, DalleTokenizer
 from cae_fast.models.dvae import DiscreteVAE, dvae_metadata, resolve_tokenizer
-from cae_fast.models.tokenizers import PixelTargets, file_sha256, load_tokenizer, make_targets
+from cae_fast.models.tokenizers import PixelTargets, file_sha256, load_tokenizer, make_encode, make_targets
 from cae_fast.training.checkpoint import load_state, state_files
 
 CPU = torch.device("cpu")
@@ -190,3 +190,19 @@ def test_a_dvae_plugs_in(tmp_path):
     assert picture.shape == (2, 3, 32, 32)
     assert picture.min() >= 0
     assert picture.max() <= 1
+
+
+def test_a_batch_is_encoded_in_equal_parts_of_at_most_64(workplace):
+    tokenizer = load_tokenizer("dalle.safetensors")
+    seen: list[int] = []
+
+    def encode(images: torch.Tensor, masked_ids: torch.Tensor) -> torch.Tensor:
+        seen.append(len(images))
+        return original(images, masked_ids)
+
+    original, tokenizer.encode = tokenizer.encode, encode
+    images = torch.randint(256, (130, 3, 16, 16), dtype=torch.uint8)
+    ids = torch.tensor([[0, 2]]).expand(130, -1)
+    codes = make_encode(tokenizer, compiled=False)(images, ids)
+    assert torch.equal(codes, original(images, ids))
+    assert seen == [44, 44, 42]

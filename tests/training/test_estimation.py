@@ -22,6 +22,7 @@ WORK = Workload(
     working=20_000_000,
     targets_weights=500_000_000,
     targets_working=30_000_000,
+    targets_at_once=64,
     inputs=10_000_000,
     global_batch=512,
     micro_batch=32,

@@ -1,4 +1,4 @@
-"""Inputs made one step ahead: the same numbers, in the right order, on CUDA from a stream of their own."""
+"""Inputs of steps: the same numbers, in the right order, on CUDA from a stream of their own."""
 
 import pytest
 import torch
@@ -18,23 +18,29 @@ def inputs(batch: Batch) -> StepInputs:
     return StepInputs(images, batch.visible_ids, batch.masked_ids, images.sum()[None], images[0, 0])
 
 
-def test_every_step_once_and_one_ahead():
+def test_every_step_once_and_the_next_batch_is_asked_for_after_the_step_began():
+    """A batch that never comes must not hold up the step before it, whose inputs are there."""
     events = []
+
+    def steps():
+        for k in range(3):
+            events.append(("asked", k))
+            yield [batch(2 * k), batch(2 * k + 1)]
 
     def make(item: Batch) -> StepInputs:
         events.append(("made", int(item.positions)))
         assert not torch.is_grad_enabled()
         return inputs(item)
 
-    steps = iter([[batch(2 * k), batch(2 * k + 1)] for k in range(3)])
-    for k, (micro_batches, waited) in enumerate(inputs_ahead(steps, make, torch.device("cpu"))):
+    for k, (micro_batches, waited) in enumerate(inputs_ahead(steps(), make, torch.device("cpu"))):
         events.append(("step", k))
         assert [part.targets.item() for part in micro_batches] == [48.0 * k, 48.0 * k + 24]
         assert waited >= 0
         assert torch.is_grad_enabled()
     assert events == [
-        *[("made", 0), ("made", 1), ("made", 2), ("made", 3), ("step", 0), ("made", 4), ("made", 5)],
-        *[("step", 1), ("step", 2)],
+        *[("asked", 0), ("made", 0), ("made", 1), ("step", 0)],
+        *[("asked", 1), ("made", 2), ("made", 3), ("step", 1)],
+        *[("asked", 2), ("made", 4), ("made", 5), ("step", 2)],
     ]
 
 
@@ -48,8 +54,9 @@ def test_the_loaders_error_comes_through():
         raise ValueError("no more files")
 
     ahead = inputs_ahead(steps(), inputs, torch.device("cpu"))
+    assert next(ahead)[0][0].images.shape == (1, 3, 2, 2)
     with pytest.raises(ValueError, match="no more files"):
-        list(ahead)
+        next(ahead)
 
 
 @pytest.mark.gpu
