@@ -29,7 +29,7 @@ from cae_fast.config import PretrainConfig
 from cae_fast.training.distributed import World
 from cae_fast.training.inputs import inputs_ahead
 from cae_fast.training.optim import scheduled_lr
-from cae_fast.training.run_setup import choose_device
+from cae_fast.training.setup import choose_device
 
 # precision, CAE_KERNELS
 PATHS = {

@@ -39,10 +39,10 @@ from cae_fast.config import DataConfig, PretrainConfig, load_config
 from cae_fast.data.index import index_for
 from cae_fast.data.loader import labelled_loader
 from cae_fast.data.normalize import Normalize
+from cae_fast.evaluation.knn_probe import knn_accuracy
 from cae_fast.models.cae import ContextAutoencoder
-from cae_fast.models.tokenizers import PixelTargets
+from cae_fast.models.targets import PixelTargets
 from cae_fast.training.checkpoint import save_model, write_text
-from cae_fast.training.knn_probe import knn_accuracy
 from cae_fast.training.resume import load_weights
 
 BATCH = 64

@@ -50,7 +50,7 @@ from cae_fast.training.checkpoint import write_safetensors
 from cae_fast.training.distributed import World
 from cae_fast.training.inputs import inputs_ahead
 from cae_fast.training.monitor import device_peak_flops
-from cae_fast.training.run_setup import choose_device
+from cae_fast.training.setup import choose_device
 
 VARIANTS = ("ours", "reference", "compiled", "original")
 # size, image side, batch, width of the tokenizer, codes

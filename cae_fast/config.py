@@ -5,6 +5,7 @@ A configuration is a YAML file with these sections, changed on the command line 
 The text below a field is what `cae-fast pretrain --help` prints for it.
 """
 
+import argparse
 import ast
 import difflib
 import inspect
@@ -381,3 +382,19 @@ def field_docs(schema: type, prefix: str = "", defaults: Any = None) -> dict[str
         else:
             docs[prefix + item.name] = (value, texts.get(item.name, ""))
     return docs
+
+
+def add_settings(parser: argparse.ArgumentParser, schema: type) -> None:
+    """The arguments CONFIG section.field=value ..., and every setting of `schema` in the help text."""
+    parser.add_argument("config", help="YAML file; see configs/")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings changed for this run")
+    rows = [f"  {name} = {value!r}\n      {text}".rstrip() for name, (value, text) in field_docs(schema).items()]
+    parser.epilog = "settings and their defaults:\n" + "\n".join(rows).replace("%", "%%")
+
+
+def load_run_config(schema: type, args: argparse.Namespace) -> Any:
+    """The configuration that `add_settings`' arguments name; the run folder defaults to runs/NAME of the file."""
+    config = load_config(schema, args.config, args.overrides)
+    if not config.train.run_dir:
+        config.train.run_dir = f"runs/{Path(args.config).stem}"
+    return config

@@ -25,10 +25,9 @@ from cae_fast.config import DataConfig, UserError
 from cae_fast.data.index import build_index, resolve_data_path
 from cae_fast.data.loader import pretrain_loader, resolve_num_workers
 from cae_fast.data.sampling import SamplingPlan
+from cae_fast.files import file_sha256, write_safetensors
 from cae_fast.models.dalle import DalleTokenizer, dalle_tokenizer, from_openai
 from cae_fast.models.safe_pickle import read_state
-from cae_fast.models.tokenizers import file_sha256
-from cae_fast.training.checkpoint import write_safetensors
 from cae_kernels import random_mask
 
 DALLE_CLASSES = ("dall_e.", "torch.nn.modules.")

@@ -15,7 +15,6 @@ teacher.*) and the optimizer are left out. OUT, by --to:
 import argparse
 import json
 import math
-import os
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -26,13 +25,12 @@ from torch import Tensor
 
 from cae_fast import __version__
 from cae_fast.config import DataConfig, ModelConfig, UserError
+from cae_fast.files import file_sha256, read_weights, replacing, write_safetensors, write_text
 from cae_fast.models.cae import ContextAutoencoder, ModelShape
-from cae_fast.models.encoder import header_shape, make_encoder, read_weights, usual_heads
+from cae_fast.models.encoder import header_shape, make_encoder, usual_heads
 from cae_fast.models.safe_pickle import read_state
-from cae_fast.models.tokenizers import file_sha256
 from cae_fast.models.vit import sincos_position_embedding
 from cae_fast.models.weight_names import LEFT_OUT, encoder_for_timm, encoder_part, to_layout, to_ours
-from cae_fast.training.checkpoint import write_safetensors, write_text
 
 ORIGINAL = {"original": "Atten4Vis/CAE", "original-lxtgh": "lxtGH/CAE"}
 ENCODER_COPY = {"original": "alignment_encoder.", "original-lxtgh": "teacher."}
@@ -210,13 +208,8 @@ def write(out: Path, to: str, state: dict[str, Tensor], facts: dict[str, Any], s
     # The original's strict loading wants its copies of the encoder; they share its bytes.
     copies = {n: t for n, t in state.items() if to in ORIGINAL and n.startswith("encoder.")}
     state = state | {ENCODER_COPY[to] + name.removeprefix("encoder."): tensor for name, tensor in copies.items()}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(out) as temporary:
         torch.save({"model": state}, temporary)
-        os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_folder(out: Path, state: dict[str, Tensor], facts: dict[str, Any], shape: ModelShape) -> None:

@@ -17,14 +17,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from cae_fast.commands.pretrain import make_mask
-from cae_fast.config import PretrainConfig, TargetConfig, UserError
-from cae_fast.models.cae import ContextAutoencoder, ModelShape, resolve_model
+from cae_fast.config import PretrainConfig, TargetConfig, UserError, add_settings, load_run_config
+from cae_fast.data.masking import make_mask
+from cae_fast.files import write_text
+from cae_fast.models.cae import ModelShape, resolve_model
 from cae_fast.models.dalle import DalleEncoder, DalleTokenizer
 from cae_fast.models.flops import forward_flops, pretraining_flops
 from cae_fast.models.memory import activations, targets_bytes, traffic, working_bytes
-from cae_fast.models.tokenizers import ENCODED_AT_ONCE, PixelTargets, Targets, make_targets, prediction_dim
-from cae_fast.training.checkpoint import write_text
+from cae_fast.models.targets import ENCODED_AT_ONCE, PixelTargets, Targets, make_model, make_targets
 from cae_fast.training.engine import PRECISIONS
 from cae_fast.training.estimation import (
     DECODED_BY_A_CORE,
@@ -37,7 +37,7 @@ from cae_fast.training.estimation import (
     assumptions,
     estimate,
 )
-from cae_fast.training.run_setup import add_settings, check_training, load_run_config, micro_batch_size
+from cae_fast.training.setup import check_training, micro_batch_size
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -110,13 +110,7 @@ def workload(config: PretrainConfig, images: int, data_rate: float | None) -> Wo
     if images < batch:
         raise UserError(f"--images={images}: fewer than train.global_batch_size={batch}")
     with torch.device("meta"):
-        model = ContextAutoencoder(
-            config.model,
-            prediction_dim(targets),
-            predict_codes=config.target.kind == "codes",
-            alignment_weight=config.target.alignment_weight,
-            cosine_loss=config.target.kind == "features",
-        )
+        model = make_model(config, targets)
     parts = forward_flops(model, masked)
     weights, working = targets_bytes(targets, model, masked)
     target_values = masked * (8 if model.predict_codes else 4 * model.decoder.head.out_features)

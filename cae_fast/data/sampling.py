@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from cae_fast.config import UserError
+from cae_fast.config import RunConfig, UserError
+from cae_fast.data.index import ImageIndex
 
 # Streams keep the uses of one position's numbers apart; 3 (masks) and 4 (drop path) are drawn by cae_kernels.
 ORDER = 0
@@ -304,3 +305,19 @@ class SamplingPlan:
         crop_widths = np.where(ratio > high, np.rint(heights * high), widths).clip(1).astype(np.int64)
         tops, lefts = (heights - crop_heights) // 2, (widths - crop_widths) // 2
         return np.stack([tops, lefts, crop_heights, crop_widths], axis=-1).astype(np.int32)
+
+
+def sampling_plan(config: RunConfig, index: ImageIndex) -> SamplingPlan:
+    data, train = config.data, config.train
+    return SamplingPlan(
+        len(index),
+        index.heights,
+        index.widths,
+        train.global_batch_size,
+        train.seed,
+        data.crop_scale,
+        data.crop_ratio,
+        data.horizontal_flip,
+        data.shuffle,
+        index.shard_starts,
+    )

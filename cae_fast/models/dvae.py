@@ -10,14 +10,15 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from cae_fast.config import TokenizerConfig, UserError
+from cae_fast.files import read_weights
 from cae_fast.models.codes import masked_codes
 from cae_fast.models.quantizers import FiniteScalarQuantizer, GumbelQuantizer, Quantizer, VectorQuantizer
 
@@ -285,12 +286,7 @@ def load_dvae(path: str) -> DiscreteVAE:
 
     Raises UserError for a file that is missing or something else, and where its quantizer needs a package.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            facts = json.loads((file.metadata() or {}).get("cae_fast", "{}"))
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is not a tokenizer of cae-fast train-tokenizer: {error}") from error
+    facts, state = read_weights(Path(path))
     if facts.get("kind") != "dvae":
         raise UserError(f"{path} is not a tokenizer of cae-fast train-tokenizer: its kind is {facts.get('kind')}")
     names = {item.name for item in fields(TokenizerConfig)}

@@ -3,7 +3,6 @@
 D width, S image side.
 """
 
-import json
 import logging
 import math
 from dataclasses import fields
@@ -12,10 +11,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cae_fast.config import ModelConfig, UserError
+from cae_fast.files import read_weights
 from cae_fast.models.cae import SIZES, ModelShape, resolve_model
 from cae_fast.models.vit import VisionTransformer
 from cae_fast.models.weight_names import encoder_part, to_ours
@@ -40,18 +39,6 @@ def load_encoder(path: str | Path, image_size: int | None = None) -> VisionTrans
     except (KeyError, RuntimeError) as error:
         text = " ".join(str(error).split())[:300]
         raise UserError(f"{path}: not a vision transformer in timm's names or ours ({text})") from error
-
-
-def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What our header says ({} in other files) and the tensors. UserError where it is no safetensors file."""
-    if not path.is_file():
-        raise UserError(f"{path}: there is no such file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            facts = json.loads((file.metadata() or {}).get("cae_fast", "{}"))
-            return facts, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a safetensors file ({error})") from error
 
 
 def make_encoder(state: dict[str, Tensor], num_heads: int, image_size: int | None = None) -> VisionTransformer:

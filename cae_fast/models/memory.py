@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from cae_fast.models.cae import ContextAutoencoder
 from cae_fast.models.dalle import DalleTokenizer
+from cae_fast.models.targets import DvaeTokenizer, PixelTargets, Targets
 from cae_fast.models.teacher import TeacherFeatures
-from cae_fast.models.tokenizers import DvaeTokenizer, PixelTargets, Targets
 
 STATISTIC = 4
 """Bytes of a float32 statistic of a row: mean and 1 / standard deviation for each LayerNorm."""
@@ -185,7 +185,7 @@ def targets_bytes(targets: Targets, model: ContextAutoencoder, num_masked: int) 
     half = sum(p.numel() for part in (targets.model.encoder, targets.model.head) for p in part.parameters())
     everything = sum(p.numel() for p in targets.model.parameters())
     first = targets.model.head.in_features * (side // 2) ** 2 * 2
-    return 2 * half + 4 * (everything - half), 2 * first + 3 * side**2 * 8
+    return 2 * half + 4 * (everything - half), 2 * first + 3 * side**2 * 2
 
 
 def traffic(model: ContextAutoencoder, num_masked: int, element: int) -> int:

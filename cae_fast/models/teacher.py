@@ -25,9 +25,8 @@ class TeacherFeatures:
     def encode_flops(self, grid: int, num_masked: int) -> int:
         model, patches = self.model, grid**2
         width = model.embed_dim
-        heads = model.blocks[0].attn.num_heads  # type: ignore[union-attr]
         embed = 2 * patches * model.patch_embed.proj.weight.numel()
-        return embed + len(model.blocks) * block_flops(patches + 1, width, heads)  # type: ignore[arg-type]
+        return embed + len(model.blocks) * block_flops(patches + 1, width, model.num_heads)
 
     @torch.no_grad()
     def encode(self, images: Tensor, masked_ids: Tensor) -> Tensor:

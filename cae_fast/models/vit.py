@@ -161,7 +161,7 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.checkpointed = False
         self.grid = image_size // patch_size
-        self.embed_dim = embed_dim
+        self.embed_dim, self.num_heads = embed_dim, num_heads
         self.patch_embed = PatchEmbed(patch_size, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.register_buffer("pos_embed", sincos_position_embedding(self.grid, self.grid, embed_dim)[None])

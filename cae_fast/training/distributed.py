@@ -201,9 +201,11 @@ def read_world() -> World:
 def joined(world: World, device: torch.device, timeout_seconds: float, alone: bool) -> Generator[World, None, None]:
     """The world with its process groups, until the end of the block.
 
-    alone: make no group for a process alone. A process of several that fails ends at once, with its message and status
-    1 (2 for a UserError), so that the others and the launcher notice.
+    alone: make no group for a process alone. Of several, process 0 alone logs more than warnings, and one that fails
+    ends at once, with its message and status 1 (2 for a UserError), so that the others and the launcher notice.
     """
+    if not world.main:
+        logging.getLogger("cae_fast").setLevel(logging.WARNING)
     if world.size == 1 and alone:
         yield world
         return

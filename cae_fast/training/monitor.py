@@ -25,7 +25,7 @@ from rich.text import Text
 from torch import Tensor
 
 from cae_fast.config import LogConfig, UserError
-from cae_fast.training.saving import append, survive_disk
+from cae_fast.files import append, replacing, survive_disk, write_text
 
 # Dense bf16 matrix throughput in FLOP/s (NVIDIA's data sheets; half of the figures given "with sparsity").
 # The first name found as a whole word in the device's name counts.
@@ -246,10 +246,8 @@ class Monitor:
         profiler.stop()
         first, last = self.profile_range
         folder = self.run_dir / "profile"
-        folder.mkdir(exist_ok=True)
-        temporary = folder / f".steps_{first}-{last}.json.tmp"
-        profiler.export_chrome_trace(str(temporary))
-        os.replace(temporary, folder / f"steps_{first}-{last}.json")
+        with replacing(folder / f"steps_{first}-{last}.json") as temporary:
+            profiler.export_chrome_trace(str(temporary))
 
 
 class _Display:
@@ -302,9 +300,7 @@ def drop_steps_after(metrics_path: Path, step: int) -> list[dict[str, Any]]:
             raise UserError(f"{metrics_path}: line {number} is not a log line; repair or remove the file") from error
         if keep:
             kept.append((line, entry))
-    temporary = metrics_path.with_name(metrics_path.name + ".tmp")
-    temporary.write_text("".join(f"{line}\n" for line, _ in kept), encoding="utf-8")
-    os.replace(temporary, metrics_path)
+    write_text(metrics_path, "".join(f"{line}\n" for line, _ in kept))
     return [entry for _, entry in kept]
 
 
@@ -324,9 +320,7 @@ def _start_wandb(project: str, run_dir: Path) -> Any:
     # The id in the run folder lets a resumed run go on in the same W&B run.
     id_file = run_dir / "wandb_id.txt"
     if not id_file.exists():
-        temporary = id_file.with_name(id_file.name + ".tmp")
-        temporary.write_text(os.urandom(8).hex(), encoding="utf-8")
-        os.replace(temporary, id_file)
+        write_text(id_file, os.urandom(8).hex())
     run_id = id_file.read_text(encoding="utf-8").strip()
     return wandb.init(project=project, name=run_dir.name, dir=str(run_dir), id=run_id, resume="allow")
 

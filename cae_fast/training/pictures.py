@@ -5,7 +5,6 @@ Shapes: K images, S side in pixels, p patch size, N = (S / p)^2 patches in row-m
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from cae_fast.config import UserError
-from cae_fast.models.tokenizers import patchify
+from cae_fast.files import replacing
+from cae_fast.models.targets import patchify
 
 MAX_POINTS = 300
 """Longer curves are drawn as the means of this many bins, with the range of each bin behind."""
@@ -62,9 +62,8 @@ def save_curves(metrics_jsonl: Path, out: Path) -> None:
     }
     with matplotlib.rc_context(style):
         figure = _curves_figure(lines, skipped)
-    temporary = out.with_name(f".{out.name}.tmp")
-    figure.savefig(temporary, format="png", dpi=130)
-    os.replace(temporary, out)
+    with replacing(out) as temporary:
+        figure.savefig(temporary, format="png", dpi=130)
 
 
 def _curves_figure(lines: list[dict[str, Any]], skipped: list[int]) -> Any:
@@ -194,9 +193,8 @@ def _save_rows(out: Path, rows: Tensor, titles: tuple[str, ...]) -> None:
     scale = max(1, math.ceil(MIN_CELL / rows.shape[-1]))
     cells = pixels.repeat_interleave(scale, dim=2).repeat_interleave(scale, dim=3).numpy()
     canvas = _compose(cells, titles, groups=2 if len(rows) >= 4 else 1)
-    temporary = out.with_name(f".{out.name}.tmp")
-    canvas.save(temporary, format="PNG", optimize=True)
-    os.replace(temporary, out)
+    with replacing(out) as temporary:
+        canvas.save(temporary, format="PNG", optimize=True)
 
 
 def _compose(cells: np.ndarray, titles: tuple[str, ...], groups: int) -> Image.Image:

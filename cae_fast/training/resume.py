@@ -1,15 +1,15 @@
 """Continue a run, or start one from other weights; refuse what would silently be another experiment."""
 
 import logging
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from cae_fast.config import RunConfig, UserError
 from cae_fast.training.checkpoint import load_facts, load_model_weights, load_state, state_files
+from cae_fast.training.loop import Trained
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +23,6 @@ FREE_TO_CHANGE = {
 
 FROZEN = {"tokenizer": "target.tokenizer", "encoder": "encoder.path"}
 """Where a training state keeps the SHA-256 of a file that the run reads, and the setting that names the file."""
-NOTHING: Mapping[str, str | None] = {}
 
 
 def newest_state(config: RunConfig) -> Path | None:
@@ -45,24 +44,17 @@ def first_backend(path: Path | None) -> str | None:
     return None if path is None else load_facts(path)["config"]["data"].get("backend")
 
 
-class Resumable(Protocol):
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """Raises KeyError or RuntimeError for a state of another model."""
-
-
-def resume(
-    config: RunConfig, engine: Resumable, path: Path, data_fingerprint: str, frozen: Mapping[str, str | None] = NOTHING
-) -> int:
+def resume(config: RunConfig, trained: Trained, path: Path, facts_now: dict[str, Any]) -> int:
     """Load a training state. Returns the steps already done; UserError where it belongs to another experiment.
 
-    frozen: SHA-256 of the run's frozen files, under the keys of FROZEN.
+    facts_now: this run's, of which "data" and the keys of FROZEN count.
     """
     state, facts = load_state(path)
     changed = changed_settings(facts["config"], asdict(config), asdict(type(config)()))
-    if facts["data"] != data_fingerprint:
+    if facts["data"] != facts_now["data"]:
         changed.append("data (the images or their order changed)")
     for key, setting in FROZEN.items():
-        if facts.get(key) != frozen.get(key):
+        if facts.get(key) != facts_now.get(key):
             changed.append(f"{setting} (the file's content changed)")
     if changed and config.train.resume != "force":
         raise UserError(
@@ -70,7 +62,7 @@ def resume(
             "Choose another train.run_dir, or train.resume=force to continue all the same"
         )
     try:
-        engine.load_state(state)
+        trained.load_state(state)
     except (KeyError, RuntimeError) as error:
         raise UserError(f"{path} holds another model than these settings describe: {error}") from error
     log.info("resumed from %s", path)

@@ -17,13 +17,14 @@ from safetensors.torch import load_file
 from cae_fast.cli import main
 from cae_fast.commands import classify
 from cae_fast.config import ClassifyConfig, ModelConfig, UserError, field_docs, load_config
+from cae_fast.evaluation.augmentation import import_eval
+from cae_fast.evaluation.task import check_settings, prepare_task
+from cae_fast.files import file_sha256
 from cae_fast.models.cae import ContextAutoencoder
 from cae_fast.models.encoder import load_encoder
-from cae_fast.models.tokenizers import file_sha256
-from cae_fast.training.augmentation import import_eval
 from cae_fast.training.checkpoint import save_model
-from cae_fast.training.classify_task import check_settings
 from cae_fast.training.distributed import World
+from cae_fast.training.ending import StopRequest
 from running import metrics, same_tensors, start_processes
 
 ROOT = Path(__file__).parents[2]
@@ -118,7 +119,8 @@ def test_results_are_those_of_the_saved_weights(place, runs, head):
     config.head.kind, config.encoder.path = head, str(place / "encoder.safetensors")
     config.data.path, config.validation.path = str(place / "train"), str(place / "test")
     config.train.run_dir = str(place / "runs" / f"again_{head}")
-    model = classify.prepare(classify.prepare_task(config, World(), torch.device("cpu"))).model.eval()
+    task = prepare_task(config, World(), torch.device("cpu"))
+    model = classify.prepare(task, StopRequest()).model.eval()
     state = load_file(runs[head] / "classifier.safetensors")
     report = model.load_state_dict(state, strict=False)
     assert not report.unexpected_keys
@@ -326,7 +328,7 @@ def test_more_images_than_gradients_need_the_same_step(place):
         ("linear", ["head.features=mean"], "head.features is 'mean': class_token or patch_mean"),
         ("linear", ["encoder.drop_path_rate=0.1"], "encoder.drop_path_rate is 0.1: only --head finetune"),
         ("attentive", ["encoder.rel_pos_bias=true"], "encoder.rel_pos_bias is True: only --head finetune"),
-        ("finetune", ["head.cache_features=true"], "head.cache_features is true: --head finetune"),
+        ("finetune", ["head.cache_features=true"], "head.cache_features is True: --head finetune"),
         ("linear", ["head.cache_features=true", "augment.mixup=0.8"], "cannot have augment.mixup"),
         ("linear", ["validation.crop_pct=0"], "validation.crop_pct is 0.0"),
         ("linear", ["validation.path="], "validation.path"),

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from cae_fast.cli import main
 from cae_fast.models.dalle import map_pixels
 from cae_fast.models.safe_pickle import read_state
-from cae_fast.models.tokenizers import load_tokenizer
+from cae_fast.models.targets import load_tokenizer
 
 dall_e = pytest.importorskip("dall_e", reason="needs the dall-e package: pip install --no-deps dall-e")
 

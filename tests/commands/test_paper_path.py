@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 
 from cae_fast.cli import main
-from cae_fast.models.tokenizers import load_tokenizer
+from cae_fast.models.targets import load_tokenizer
 
 TOKENIZER = (
     "tokenizer: {image_size: 32, width: 16, num_blocks: 1, num_codes: 64, code_dim: 16, loss: squared_error,\n"

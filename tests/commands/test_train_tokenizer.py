@@ -16,10 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cae_fast.cli import main
 from cae_fast.commands import train_tokenizer
-from cae_fast.commands.train_tokenizer import CodeUse, noise_seed, prepare, psnr, train_step
+from cae_fast.commands.train_tokenizer import CodeUse, noise_seed, prepare, psnr, take_step
 from cae_fast.config import TrainTokenizerConfig, field_docs, load_config
-from cae_fast.data.loader import Batch
 from cae_fast.models.dvae import load_dvae
+from cae_fast.training.ending import StopRequest
 from running import Program, metrics, same_tensors
 
 SMALL = (
@@ -184,18 +184,17 @@ def small_job(folder, *overrides):
     """A prepared run, and a step's two micro-batches of random images."""
     config = load_config(TrainTokenizerConfig, str(folder / "small.yaml"), [f"train.run_dir={folder}/api", *overrides])
     images = torch.randint(256, (6, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    empty = torch.empty(6, 0, dtype=torch.int64)
-    return prepare(config), [Batch(images, None, empty, empty, torch.arange(6), torch.arange(6))] * 2
+    return prepare(config, StopRequest()), [(images,)] * 2
 
 
-def step_twice(job, batches):
+def step_twice(job, inputs):
     """Metrics and weights after two steps, the second of them repeated after loading the state between."""
-    train_step(job, batches, 0, 1e-3)
+    take_step(job, inputs, 0, 1e-3)
     between = {name: tensor.clone() for name, tensor in job.engine.state().items()}
     results = []
     for _ in range(2):
         torch.randn(5)  # what others drew in between must not matter
-        metrics = train_step(job, batches, 1, 1e-3)
+        metrics = take_step(job, inputs, 1, 1e-3)
         results.append((metrics, {name: tensor.clone() for name, tensor in job.engine.model_state().items()}))
         job.engine.load_state(between)
     return results
@@ -206,8 +205,8 @@ def test_a_step_depends_on_its_state_and_number_only(workplace, monkeypatch, ove
     if VQ[0] in overrides:
         pytest.importorskip("vector_quantize_pytorch", reason="needs vector-quantize-pytorch: 'cae-fast[tokenizer]'")
     monkeypatch.chdir(workplace)
-    job, batches = small_job(workplace, *overrides)
-    (metrics_a, a), (metrics_b, b) = step_twice(job, batches)
+    job, inputs = small_job(workplace, *overrides)
+    (metrics_a, a), (metrics_b, b) = step_twice(job, inputs)
     assert all(a[name].equal(b[name]) for name in a)
     assert all(metrics_a[name].equal(metrics_b[name]) for name in metrics_a)
     if VQ[0] in overrides:
@@ -232,10 +231,10 @@ def test_a_step_never_waits_for_the_device(workplace, monkeypatch, quantizer):
     if quantizer == "fsq":
         pytest.importorskip("vector_quantize_pytorch", reason="needs vector-quantize-pytorch: 'cae-fast[tokenizer]'")
         overrides = ["tokenizer.quantizer=fsq", "tokenizer.code_dim=null", "tokenizer.fsq_levels=[8,8]"]
-    job, batches = small_job(workplace, *overrides)
-    train_step(job, batches, 0, 1e-3)
+    job, inputs = small_job(workplace, *overrides)
+    take_step(job, inputs, 0, 1e-3)
     with NoHostReads():
-        train_step(job, batches, 1, 1e-3)
+        take_step(job, inputs, 1, 1e-3)
         job.use.report()
 
 

@@ -15,8 +15,7 @@ from cae_fast.cli import main
 from cae_fast.commands import pretrain
 
 kind, rank, step = os.environ["FAULT"].split(":")
-taken = 0
-sound = pretrain.train_step
+sound = pretrain.take_step
 
 
 def happen(run_dir: Path) -> None:
@@ -37,14 +36,12 @@ def happen(run_dir: Path) -> None:
         run_dir.write_text("not a folder")
 
 
-def train_step(job, inputs, lr):
-    global taken
-    if job.start_step + taken == int(step) and job.world.rank == int(rank):
-        happen(job.run_dir)
-    taken += 1
-    return sound(job, inputs, lr)
+def take_step(job, inputs, number, lr):
+    if number == int(step) and job.run.world.rank == int(rank):
+        happen(job.run.run_dir)
+    return sound(job, inputs, number, lr)
 
 
 if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-    pretrain.train_step = train_step
+    pretrain.take_step = take_step
 sys.exit(main())

@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from cae_fast.config import TrainConfig, UserError
-from cae_fast.training.checkpoint import save_state, state_files
+from cae_fast.training.checkpoint import Saver, save_state, state_files
 from cae_fast.training.distributed import World, read_world
-from cae_fast.training.saving import Saver
 from cae_fast.training.zero_engine import deepspeed_settings, derived_settings, zero_stage
 from running import ROOT
 

@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from cae_fast.cli import main
 from cae_fast.config import ModelConfig, TargetConfig, UserError
 from cae_fast.models.cae import ContextAutoencoder
+from cae_fast.models.targets import make_targets
 from cae_fast.models.teacher import load_teacher
-from cae_fast.models.tokenizers import make_targets
 
 WIDTH, DEPTH, HEADS, PATCH, GRID = 128, 2, 2, 4, 7
 

@@ -11,9 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cae_fast.cli import main
 from cae_fast.config import TargetConfig, TokenizerConfig, UserError
+from cae_fast.files import file_sha256
 from cae_fast.models.dalle import DalleDecoder, DalleEncoder, DalleTokenizer
 from cae_fast.models.dvae import DiscreteVAE, dvae_metadata, resolve_tokenizer
-from cae_fast.models.tokenizers import PixelTargets, file_sha256, load_tokenizer, make_encode, make_targets
+from cae_fast.models.targets import PixelTargets, load_tokenizer, make_encode, make_targets
 from cae_fast.training.checkpoint import load_state, state_files
 
 CPU = torch.device("cpu")

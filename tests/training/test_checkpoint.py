@@ -6,10 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from cae_fast import files
 from cae_fast.config import ModelConfig, UserError
+from cae_fast.files import remove_leftovers
 from cae_fast.models.cae import ContextAutoencoder
-from cae_fast.training import checkpoint
-from cae_fast.training.checkpoint import load_state, remove_leftovers, save_model, save_state, state_files
+from cae_fast.training.checkpoint import FOLDER, load_state, save_model, save_state, state_files
 
 
 def state(value: float) -> dict[str, torch.Tensor]:
@@ -36,7 +37,7 @@ def test_a_crash_while_writing_keeps_the_old_file(tmp_path, monkeypatch):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    monkeypatch.setattr(files, "save_file", full_disk)
     with pytest.raises(OSError, match="No space"):
         save_state(tmp_path, 2, state(2.0), {"step": 2}, keep=set())
     assert [step for step, _ in state_files(tmp_path)] == [1]
@@ -48,7 +49,7 @@ def test_leftovers_of_a_killed_process_are_removed(tmp_path):
     for name in (".model.safetensors.1.tmp", "checkpoints/.step_00000009.safetensors.1.tmp"):
         (tmp_path / name).write_bytes(b"half")
     (tmp_path / "model.safetensors").write_bytes(b"whole")
-    remove_leftovers(tmp_path)
+    remove_leftovers(tmp_path, tmp_path / FOLDER)
     assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["model.safetensors"]
     assert state_files(tmp_path) == []
 

@@ -18,13 +18,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cae_fast.commands.pretrain import make_inputs, train_step
+from cae_fast.commands.pretrain import make_inputs, take_step
 from cae_fast.config import ModelConfig, OptimConfig
 from cae_fast.data.loader import Batch
 from cae_fast.data.normalize import Normalize
 from cae_fast.models.cae import ContextAutoencoder
 from cae_fast.models.dalle import DalleEncoder, DalleTokenizer
-from cae_fast.models.tokenizers import make_encode
+from cae_fast.models.targets import make_encode
 from cae_fast.training.engine import PRECISIONS, Engine
 from cae_kernels import dispatch
 from cae_kernels.adamw import AdamWState
@@ -142,12 +142,13 @@ def make_job(size: str, precision: str, device: torch.device, checkpointing: boo
     return SimpleNamespace(
         model=model,
         engine=engine,
-        world=engine.world,
         dtype=PRECISIONS[precision],
         normalize=Normalize([0.4] * 3, [0.2] * 3, device),
         encode=make_encode(DalleTokenizer(DalleEncoder(), None, device, torch.float16), compiled=False),
         drop_path_rates=torch.full((branches,), 0.1, device=device),
-        config=SimpleNamespace(train=SimpleNamespace(seed=SEED)),
+        run=SimpleNamespace(
+            config=SimpleNamespace(train=SimpleNamespace(seed=SEED)), world=engine.world, device=device
+        ),
     )
 
 
@@ -170,7 +171,7 @@ def test_inputs_forward_and_optimizer_on_cuda(size, batch, precision):
         job = make_job(size, precision, CUDA)
         for step in range(2):
             with Copies() as copies, torch.no_grad():
-                inputs = make_inputs(job, make_batch(job, batch).to(CUDA))
+                inputs = make_inputs(job, make_batch(job, batch))
             assert {blocking for _, blocking in copies.to_device} == {True}, "a copy from the host waits for it"
             with Copies() as copies:
                 losses = job.engine(*inputs)
@@ -193,7 +194,7 @@ def test_backward_launches(size, batch, checkpointing):
         job = make_job(size, "bfloat16", CPU, checkpointing)
         with torch.no_grad():
             inputs = make_inputs(job, make_batch(job, batch))
-        metrics = train_step(job, [inputs], 1e-4)
+        metrics = take_step(job, [inputs], 0, 1e-4)
         assert set(metrics) == {"loss", "loss_main", "loss_align", "accuracy", "grad_norm", "skipped"}
     backward = {name for name in seen if "backward" in name}
     depth = job.model.shape.depth
@@ -209,7 +210,7 @@ def test_activations_of_the_tokenizer_are_those_of_a_part_of_the_batch():
     """All launches of the tokenizer see at most 64 images."""
     with fake_gpu(CUDA) as seen, torch.no_grad():
         job = make_job("base", "bfloat16", CUDA)
-        targets = make_inputs(job, make_batch(job, 160).to(CUDA)).targets
+        targets = make_inputs(job, make_batch(job, 160)).targets
         assert targets.shape == (160, 98)
     images = {len(v) for name, calls in seen.items() if "bias_relu" in name for v in calls[0].values() if _maps(v)}
     assert images

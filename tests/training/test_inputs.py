@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cae_fast.data.loader import Batch
-from cae_fast.training.inputs import StepInputs, inputs_ahead
+from cae_fast.training.inputs import StepInputs, grouped, inputs_ahead
 
 
 def batch(position: int, device: str = "cpu") -> Batch:
@@ -45,7 +45,7 @@ def test_every_step_once_and_the_next_batch_is_asked_for_after_the_step_began():
 
 
 def test_no_steps():
-    assert list(inputs_ahead(iter([]), inputs, torch.device("cpu"))) == []
+    assert list(inputs_ahead((step for step in ()), inputs, torch.device("cpu"))) == []
 
 
 def test_the_loaders_error_comes_through():
@@ -67,6 +67,7 @@ def test_streams_under_load_give_the_same_numbers():
     weight = torch.randn(size, size, device=device) / size**0.5
 
     def make(item: Batch) -> StepInputs:
+        item = item.to(device)
         images = torch.full((size, size), float(item.positions), device=device)
         for _ in range(20):
             images = images @ weight
@@ -81,3 +82,20 @@ def test_streams_under_load_give_the_same_numbers():
             busy = busy @ weight
         seen.append((part.images + part.targets + 0 * busy).double().mean())
     assert torch.stack(seen).tolist() == [2.0 * k for k in range(30)]
+
+
+def test_groups_and_the_loader_ends_with_the_steps():
+    closed = []
+
+    def loader():
+        try:
+            yield from range(100)
+        finally:
+            closed.append(True)
+
+    groups = grouped(loader(), 3)
+    ahead = inputs_ahead(groups, lambda number: (torch.tensor(number),), torch.device("cpu"))
+    assert [int(part[0]) for part in next(ahead)[0]] == [0, 1, 2]
+    ahead.close()
+    assert closed == [True]
+    assert list(grouped((i for i in range(4)), 2)) == [[0, 1], [2, 3]]

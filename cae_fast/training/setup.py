@@ -1,6 +1,5 @@
 """What every training command does around its loop: check settings, choose device and kernels, describe the run."""
 
-import argparse
 import json
 import logging
 import os
@@ -9,57 +8,22 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 from omegaconf import OmegaConf
 
 from cae_fast import __version__
-from cae_fast.config import RunConfig, TrainConfig, UserError, field_docs, load_config
-from cae_fast.data.index import ImageIndex
-from cae_fast.data.sampling import SamplingPlan
-from cae_fast.training.checkpoint import state_files, write_text
+from cae_fast.config import RunConfig, TrainConfig, UserError
+from cae_fast.data.index import ImageIndex, index_for
+from cae_fast.files import remove_leftovers, write_text
+from cae_fast.training.checkpoint import FOLDER
+from cae_fast.training.distributed import World
+from cae_fast.training.ending import STOPPED
 from cae_fast.training.engine import PRECISIONS
 from cae_fast.training.optim import check_optim
-from cae_fast.training.saving import survive_disk
 from cae_kernels.dispatch import BACKENDS, backend
 
 log = logging.getLogger(__name__)
-MAX_CONSECUTIVE_SKIPS = 10
-DIVERGED = 3
-STOPPED = "stopped.json"
-
-
-def add_settings(parser: argparse.ArgumentParser, schema: type) -> None:
-    """The arguments CONFIG section.field=value ..., and every setting of `schema` in the help text."""
-    parser.add_argument("config", help="YAML file; see configs/")
-    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings changed for this run")
-    rows = [f"  {name} = {value!r}\n      {text}".rstrip() for name, (value, text) in field_docs(schema).items()]
-    parser.epilog = "settings and their defaults:\n" + "\n".join(rows).replace("%", "%%")
-
-
-def load_run_config(schema: type, args: argparse.Namespace) -> Any:
-    """The configuration that `add_settings`' arguments name; the run folder defaults to runs/NAME of the file."""
-    config = load_config(schema, args.config, args.overrides)
-    if not config.train.run_dir:
-        config.train.run_dir = f"runs/{Path(args.config).stem}"
-    return config
-
-
-def sampling_plan(config: RunConfig, index: ImageIndex) -> SamplingPlan:
-    data, train = config.data, config.train
-    return SamplingPlan(
-        len(index),
-        index.heights,
-        index.widths,
-        train.global_batch_size,
-        train.seed,
-        data.crop_scale,
-        data.crop_ratio,
-        data.horizontal_flip,
-        data.shuffle,
-        index.shard_starts,
-    )
 
 
 def check_training(config: RunConfig) -> None:
@@ -126,10 +90,21 @@ def kernel_backends(device: torch.device) -> dict[str, str]:
         raise UserError(str(error)) from error
 
 
-def describe(
-    config: RunConfig, run_dir: Path, device: torch.device, kernels: dict[str, str], processes: int = 1
-) -> None:
-    """Keep the resolved settings and what they ran on beside the results."""
+def open_index(config: RunConfig, world: World) -> ImageIndex:
+    """The images of a run; process 0 scans them where no index is there yet."""
+    index = world.main_first(lambda: index_for(config.data, Path(config.train.run_dir)))
+    log.info("data: %s", index)
+    return index
+
+
+def begin(config: RunConfig, device: torch.device, kernels: dict[str, str], world: World) -> None:
+    """Process 0 makes the run folder ready, and keeps there the resolved settings and what they run on."""
+    if not world.main:
+        return
+    run_dir = Path(config.train.run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(run_dir, run_dir / FOLDER)
+    (run_dir / STOPPED).unlink(missing_ok=True)
     write_text(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     revision = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
@@ -140,30 +115,8 @@ def describe(
         "torch": torch.__version__,
         "python": sys.version.split()[0],
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "processes": processes,
+        "processes": world.size,
         "threads": torch.get_num_threads(),
         "kernels": kernels,
     }
     write_text(run_dir / "environment.json", json.dumps(facts, indent=1))
-
-
-def diverged(run_dir: Path, step: int) -> int:
-    newest = state_files(run_dir)
-    where = f"the last checkpoint is that of step {newest[-1][0]}" if newest else "there is no checkpoint yet"
-    log.error(
-        "%d steps in a row had a non-finite loss or gradient; stopped after step %d, %s. They did not touch the "
-        "weights. Lower optim.lr, lengthen optim.warmup_epochs or try train.precision=float32, and continue with "
-        "train.resume=force; the samples of those steps are in %s",
-        MAX_CONSECUTIVE_SKIPS,
-        step,
-        where,
-        run_dir / "metrics.jsonl",
-    )
-    return DIVERGED
-
-
-def stopped(run_dir: Path, step: int, reason: str) -> int:
-    """Say so, also to scripts: a launcher that was told to stop exits with 1, whatever its processes do."""
-    survive_disk(STOPPED, write_text, run_dir / STOPPED, json.dumps({"step": step, "reason": reason}))
-    log.info("stopped by %s after step %d; run the same command again to continue", reason, step)
-    return 0

@@ -4,7 +4,6 @@ B batch, N patches, Nm masked, S image side, T side of the tokenizer's view, G s
 P = 3 p^2 values of a patch (row, column, channel).
 """
 
-import hashlib
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -13,10 +12,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from cae_fast.config import TargetConfig, UserError
+from cae_fast.config import PretrainConfig, TargetConfig, UserError
+from cae_fast.files import read_weights
+from cae_fast.models.cae import ContextAutoencoder
 from cae_fast.models.dalle import dalle_tokenizer
 from cae_fast.models.dvae import DiscreteVAE, dvae_flops, load_dvae
-from cae_fast.models.encoder import read_weights
 from cae_fast.models.teacher import TeacherFeatures, load_teacher
 
 ENCODED_AT_ONCE = 64
@@ -165,6 +165,17 @@ def prediction_dim(targets: Targets) -> int:
     return targets.output_dim if isinstance(targets, PixelTargets | TeacherFeatures) else targets.num_codes
 
 
+def make_model(config: PretrainConfig, targets: Targets) -> ContextAutoencoder:
+    """The model with new weights that predicts these targets."""
+    return ContextAutoencoder(
+        config.model,
+        prediction_dim(targets),
+        predict_codes=config.target.kind == "codes",
+        alignment_weight=config.target.alignment_weight,
+        cosine_loss=config.target.kind == "features",
+    )
+
+
 def load_tokenizer(path: str, device: torch.device | str = "cpu") -> Tokenizer:
     """The frozen tokenizer in a file of ours, by the `kind` in its header. UserError where it is none."""
     facts, state = read_tokenizer_file(path)
@@ -191,9 +202,3 @@ def read_tokenizer_file(path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
             "write them"
         )
     return facts, state
-
-
-def file_sha256(path: str | Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

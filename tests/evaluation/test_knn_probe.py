@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from cae_fast.config import UserError
-from cae_fast.training import knn_probe
-from cae_fast.training.knn_probe import extract_features, knn_accuracy
+from cae_fast.evaluation import knn_probe
+from cae_fast.evaluation.knn_probe import extract_features, knn_accuracy
 
 
 def reference_accuracy(train, train_labels, test, test_labels, k, temperature, num_classes):

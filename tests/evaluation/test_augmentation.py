@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from cae_fast.config import AugmentConfig, UserError
-from cae_fast.training import augmentation
-from cae_fast.training.augmentation import BatchAugmentation, import_eval, make_rand_augment
+from cae_fast.evaluation import augmentation
+from cae_fast.evaluation.augmentation import BatchAugmentation, import_eval, make_rand_augment
 from data_files import photograph
 
 CPU, CLASSES = torch.device("cpu"), 7

@@ -17,10 +17,10 @@ from cae_fast.data.decode import resize
 from cae_fast.data.index import index_for
 from cae_fast.data.loader import Mask, labelled_loader
 from cae_fast.data.normalize import Normalize
+from cae_fast.evaluation.knn_probe import extract_features, knn_accuracy
 from cae_fast.models.cae import ContextAutoencoder
+from cae_fast.models.targets import PixelTargets, Targets, Tokenizer, patchify
 from cae_fast.models.teacher import TeacherFeatures
-from cae_fast.models.tokenizers import PixelTargets, Targets, Tokenizer, patchify
-from cae_fast.training.knn_probe import extract_features, knn_accuracy
 from cae_fast.training.pictures import save_reconstructions
 
 log = logging.getLogger(__name__)

@@ -4,16 +4,15 @@ import pytest
 import torch
 from torch import nn
 
-from cae_fast.models.heads import (
-    AttentiveProbe,
-    BatchNorm,
+from cae_fast.evaluation.attentive import AttentiveProbe
+from cae_fast.evaluation.classifier import BatchNorm, Classifier
+from cae_fast.evaluation.finetune import (
     BiasedSelfAttention,
-    Classifier,
     FinetuneHead,
-    LinearProbe,
     add_relative_position_bias,
     relative_position_index,
 )
+from cae_fast.evaluation.linear import LinearProbe
 from cae_fast.models.vit import SelfAttention, VisionTransformer, initialize
 
 BATCH, GRID, WIDTH, HEADS, CLASSES = 6, 3, 16, 4, 5
@@ -143,7 +142,7 @@ def test_a_probe_leaves_the_encoder_alone(make):
     model(images).logsumexp(1).sum().backward()
     assert all(p.grad is None and not p.requires_grad for p in model.encoder.parameters())
     assert all(p.grad is not None for p in model.head.parameters())
-    torch.testing.assert_close(model.head(model.features(images)), model(images))
+    torch.testing.assert_close(model.head(model.head.read(model.encoder, images, None)), model(images))
 
 
 def test_drop_path_factors_reach_the_blocks():

@@ -5,9 +5,12 @@ import torch
 from torch import nn
 
 from cae_fast.config import ClassifyOptimConfig
-from cae_fast.models.heads import AttentiveProbe, Classifier, FinetuneHead, LinearProbe, add_relative_position_bias
+from cae_fast.evaluation.attentive import AttentiveProbe
+from cae_fast.evaluation.classifier import Classifier
+from cae_fast.evaluation.finetune import FinetuneHead, add_relative_position_bias
+from cae_fast.evaluation.linear import LinearProbe
+from cae_fast.evaluation.optimizer import ClassifierOptimizer, parameter_groups
 from cae_fast.models.vit import VisionTransformer, initialize
-from cae_fast.training.classifier_optim import ClassifierOptimizer, parameter_groups
 from cae_fast.training.optim import trainable
 
 WIDTH, DEPTH, CLASSES = 16, 3, 5
@@ -162,13 +165,13 @@ def test_state_continues_exactly(kind, request):
     for step in range(6):
         if step == 3:
             models[1] = make_model(kind, torch.bfloat16)
-            state = {name: tensor.clone() for name, tensor in optimizers[1].state().items()}
+            state = {name: tensor.clone() for name, tensor in optimizers[1].state_items()}
             optimizers[1] = ClassifierOptimizer(models[1], optim)
             optimizers[1].load_state(state)
         for model, optimizer in zip(models, optimizers, strict=True):
             gradients(model, step)
             optimizer.step(torch.tensor(1.0), 0.1)
-    states = [optimizer.state() for optimizer in optimizers]
+    states = [dict(optimizer.state_items()) for optimizer in optimizers]
     assert states[0].keys() == states[1].keys()
     assert len(states[0]) > 2 * len(optimizers[0].masters) - 1
     assert all(states[0][name].equal(states[1][name]) for name in states[0])

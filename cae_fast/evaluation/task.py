@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import Callable, Generator
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +15,18 @@ import torch
 from torch import Tensor
 
 from cae_fast import __version__
-from cae_fast.config import ClassifyConfig, UserError
+from cae_fast.config import ClassifyConfig, HeadConfig, UserError
 from cae_fast.data.index import ImageIndex, index_for
 from cae_fast.data.loader import labelled_loader, resolve_num_workers
 from cae_fast.data.normalize import Normalize
+from cae_fast.evaluation.augmentation import import_eval
+from cae_fast.evaluation.heads import HEADS, SETTINGS
+from cae_fast.files import file_sha256, write_text
 from cae_fast.models.encoder import load_encoder
-from cae_fast.models.tokenizers import file_sha256
-from cae_fast.models.vit import SelfAttention, VisionTransformer
-from cae_fast.training.augmentation import import_eval
-from cae_fast.training.checkpoint import remove_leftovers, write_text
+from cae_fast.models.vit import VisionTransformer
 from cae_fast.training.distributed import World
 from cae_fast.training.engine import PRECISIONS
-from cae_fast.training.run_setup import (
-    STOPPED,
-    check_training,
-    describe,
-    kernel_backends,
-    micro_batch_size,
-)
+from cae_fast.training.setup import begin, check_training, kernel_backends, micro_batch_size, open_index
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +36,6 @@ class Task:
     """A frozen or pretrained encoder, and labelled images to train and to test on."""
 
     config: ClassifyConfig
-    run_dir: Path
     world: World
     device: torch.device
     encoder: VisionTransformer
@@ -50,6 +43,10 @@ class Task:
     index: ImageIndex
     validation_index: ImageIndex
     normalize: Normalize
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.config.train.run_dir)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -62,12 +59,6 @@ class Task:
     @property
     def image_size(self) -> int:
         return self.encoder.grid * self.encoder.patch_embed.patch_size
-
-    @property
-    def num_heads(self) -> int:
-        attention = self.encoder.blocks[0].attn
-        assert isinstance(attention, SelfAttention)
-        return attention.num_heads
 
     @property
     def micro_batch_size(self) -> int:
@@ -86,16 +77,17 @@ def prepare_task(config: ClassifyConfig, world: World, device: torch.device) -> 
     """Check the settings, load the encoder and open the images."""
     check_training(config)
     check_settings(config, world.size)
-    for module in ("torchmetrics.classification", *(["timm.optim"] if config.head.kind == "linear" else [])):
+    packages = HEADS[config.head.kind].packages if config.head.kind in HEADS else ()
+    for module in ("torchmetrics.classification", *packages):
         import_eval(module)
     encoder = load_encoder(config.encoder.path, config.encoder.image_size)
-    run_dir = Path(config.train.run_dir)
+
+    # Labelled images of the same classes to train and to test on.
+    index = open_index(config, world)
     validation = replace(config.data, path=config.validation.path, index=config.validation.index)
-    index, validation_index = world.main_first(
-        lambda: (index_for(config.data, run_dir), index_for(validation, run_dir))
-    )
+    validation_index = world.main_first(lambda: index_for(validation, Path(config.train.run_dir)))
+    log.info("validation: %s", validation_index)
     for name, part in (("data", index), ("validation", validation_index)):
-        log.info("%s: %s", name, part)
         if part.labels.min() < 0:
             raise UserError(
                 f"{name}.path: {part.source} has images without a label: each must lie in its class's folder"
@@ -106,20 +98,30 @@ def prepare_task(config: ClassifyConfig, world: World, device: torch.device) -> 
             f"data.path and validation.path have other classes ({len(index.classes)} and "
             f"{len(validation_index.classes)}; in one alone: {', '.join(odd)})"
         )
+
     encoder.to(device=device, dtype=PRECISIONS[config.train.precision])
-    kernels = kernel_backends(device)
-    if world.main:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(run_dir)
-        (run_dir / STOPPED).unlink(missing_ok=True)
-        describe(config, run_dir, device, kernels, world.size)
-    normalize = Normalize(config.data.mean, config.data.std, device)
-    sha256 = file_sha256(config.encoder.path)
-    return Task(config, run_dir, world, device, encoder, sha256, index, validation_index, normalize)
+    begin(config, device, kernel_backends(device), world)
+    return Task(
+        config=config,
+        world=world,
+        device=device,
+        encoder=encoder,
+        encoder_sha256=file_sha256(config.encoder.path),
+        index=index,
+        validation_index=validation_index,
+        normalize=Normalize(config.data.mean, config.data.std, device),
+    )
 
 
 def check_settings(config: ClassifyConfig, processes: int = 1) -> None:
+    """UserError for settings out of range, and for those that this head does not read."""
     head, optim = config.head, config.optim
+    for field in fields(HeadConfig):
+        value = getattr(head, field.name)
+        if field.name not in ("kind", *SETTINGS[head.kind]) and value != field.default:
+            raise UserError(f"head.{field.name} is {value!r}: --head {head.kind} does not read it")
+    if head.features not in (None, "class_token", "patch_mean"):
+        raise UserError(f"head.features is {head.features!r}: class_token or patch_mean")
     if config.data.backend not in ("auto", "cpu", "pil"):
         raise UserError(f"data.backend is {config.data.backend!r}: classify decodes with cpu or pil (auto: cpu)")
     if processes > 1 and (head.kind == "knn" or head.cache_features):
@@ -139,17 +141,11 @@ def check_settings(config: ClassifyConfig, processes: int = 1) -> None:
             f"encoder.drop_path_rate is {config.encoder.drop_path_rate}, optim.momentum {optim.momentum}, "
             f"optim.layer_decay {optim.layer_decay}: from 0 to below 1 the first two, above 0 to 1 the third"
         )
-    if head.features not in (None, "class_token", "patch_mean") or (
-        head.features and head.kind not in ("linear", "knn")
-    ):
-        raise UserError(f"head.features is {head.features!r}: class_token or patch_mean, with --head linear or knn")
-    if head.kind != "finetune":
+    if head.kind not in HEADS or not HEADS[head.kind].trains_encoder:
         for name in ("drop_path_rate", "rel_pos_bias"):
             if getattr(config.encoder, name):
                 raise UserError(f"encoder.{name} is {getattr(config.encoder, name)}: only --head finetune trains it")
     if head.cache_features:
-        if head.kind == "finetune":
-            raise UserError("head.cache_features is true: --head finetune changes the features")
         used = [name for name, value in asdict(config.augment).items() if value and name != "label_smoothing"]
         if used:
             raise UserError(f"head.cache_features is true: cached features cannot have augment.{used[0]}")

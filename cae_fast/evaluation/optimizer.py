@@ -1,12 +1,13 @@
-"""LARS, SGD and AdamW with layer decay for classifiers: torch's and timm's optimizers on float32 master weights."""
+"""A classifier's optimizer, its head's choice, on float32 master weights, with layer decay."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cae_fast.config import ClassifyOptimConfig
-from cae_fast.models.heads import AttentiveProbe, BatchNorm, Classifier, LinearProbe
+from cae_fast.evaluation.classifier import BatchNorm, Classifier
 from cae_fast.training.distributed import World
 from cae_fast.training.engine import StepResult
 from cae_fast.training.optim import clip_factor, decays, layer_decay_scales, layer_id, squared_norm, trainable
@@ -29,22 +30,6 @@ def parameter_groups(named: dict[str, nn.Parameter], optim: ClassifyOptimConfig,
     return list(groups.values())
 
 
-def make_optimizer(head: nn.Module, groups: list[dict[str, Any]], optim: ClassifyOptimConfig) -> torch.optim.Optimizer:
-    """LARS for the linear probe, SGD with Nesterov momentum for the attentive one, AdamW for fine-tuning.
-
-    LARS (arXiv 1708.03888) scales a weight's gradient by 0.001 |w| / |g|; biases have momentum alone. timm's skips the
-    scaling where weight_decay is 0, unless the group's always_adapt says otherwise: it does for weights.
-    """
-    if isinstance(head, LinearProbe):
-        from timm.optim import Lars
-
-        return Lars(groups, lr=optim.lr, momentum=optim.momentum, trust_coeff=0.001)
-    if isinstance(head, AttentiveProbe):
-        return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum, nesterov=optim.momentum > 0)
-    cuda = groups[0]["params"][0].is_cuda
-    return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.betas[0], optim.betas[1]), eps=optim.eps, fused=cuda)
-
-
 class ClassifierOptimizer:
     """Updates a classifier's trainable parameters through float32 masters, which are the parameters where they can be.
 
@@ -63,11 +48,12 @@ class ClassifierOptimizer:
         self.norms = [module for module in model.head.modules() if isinstance(module, BatchNorm)]
         self.clip = optim.clip_grad_norm
         self.groups = parameter_groups(self.masters, optim, len(model.encoder.blocks))
-        self.optimizer = make_optimizer(model.head, self.groups, optim)
+        self.optimizer = model.head.make_optimizer(self.groups, optim)
 
     @torch.no_grad()
     def step(self, loss: Tensor, lr: float) -> StepResult:
         """Clip, update and clear the gradients; `loss`, the mean over processes, is only looked at."""
+        # Gradients of the masters, averaged over processes in float32.
         for name, master in self.masters.items():
             parameter = self.parameters[name]
             if parameter is not master:
@@ -76,6 +62,8 @@ class ClassifierOptimizer:
         gradients = [master.grad for master in self.masters.values() if master.grad is not None]
         assert len(gradients) == len(self.masters), "a trainable parameter got no gradient"
         self.world.average(gradients)
+
+        # Where something is not finite, the step counts as one with gradient 0; the host does not ask.
         norm = squared_norm(gradients).sqrt().float()
         finite = (norm + loss).isfinite()
         factor = clip_factor(norm, self.clip).nan_to_num() * finite
@@ -85,6 +73,7 @@ class ClassifierOptimizer:
             if layer.seen:
                 layer.update(self.world.gather(torch.stack(layer.seen)), finite)
                 layer.seen.clear()
+
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         self.optimizer.step()
@@ -101,17 +90,17 @@ class ClassifierOptimizer:
     def buffers_by_name(self) -> dict[str, Tensor]:
         return {f"head.{name}": tensor for name, tensor in self.buffers.items()}
 
-    def state(self) -> dict[str, Tensor]:
+    def state_items(self) -> Iterable[tuple[str, Tensor]]:
         """Training state: `param/NAME`, `buffer/NAME`, and the optimizer's, as `momentum_buffer/NAME`."""
         state = {f"param/{name}": master.detach() for name, master in self.masters.items()}
         state |= {f"buffer/{name}": tensor for name, tensor in self.buffers_by_name().items()}
         for name, master in self.masters.items():
             state |= {f"{key}/{name}": value for key, value in self.optimizer.state[master].items()}
-        return state
+        return state.items()
 
     @torch.no_grad()
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Continue from `state()`; raises KeyError or RuntimeError when it belongs to another classifier."""
+        """Continue from `state_items()`; raises KeyError or RuntimeError when it belongs to another classifier."""
         for key, tensors in (("param", self.masters), ("buffer", self.buffers_by_name())):
             for name, tensor in tensors.items():
                 tensor.copy_(state[f"{key}/{name}"])
