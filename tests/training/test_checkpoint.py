@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from cae_fast import files
@@ -90,7 +91,7 @@ def test_encoder_file_computes_what_the_encoder_does(tmp_path):
         x = x + b["ls2.gamma"] * linear(h, b["mlp.fc2.weight"], b["mlp.fc2.bias"])
     x = norm(x, (96,), w["norm.weight"], w["norm.bias"], 1e-6)
     torch.testing.assert_close(model.encoder(images), x, atol=2e-5, rtol=1e-4)
-    assert json.loads(checkpoint.safe_open(tmp_path / "model.safetensors", "pt").metadata()["cae_fast"]) == {"step": 3}
+    assert json.loads(safe_open(tmp_path / "model.safetensors", "pt").metadata()["cae_fast"]) == {"step": 3}
 
 
 def test_files_follow_the_umask(tmp_path):
