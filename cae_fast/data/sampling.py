@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from cae_fast.config import UserError
+from cae_fast.config import RunConfig, UserError
+from cae_fast.data.index import ImageIndex
 
 # Streams keep the uses of one position's numbers apart; 3 (masks) and 4 (drop path) are drawn by cae_kernels.
 ORDER = 0
@@ -128,6 +129,7 @@ class ShardOrder:
             sizes = np.add.reduceat(np.diff(self.shard_starts)[order], np.arange(0, num_shards, WINDOW))
             self.window_starts = np.append(0, sizes.cumsum())
             self.epoch, self.windows = epoch, {}
+
         numbers = np.searchsorted(self.window_starts, places, side="right") - 1
         sample_ids = np.empty_like(places)
         for number in np.unique(numbers).tolist():
@@ -161,14 +163,10 @@ class ShardOrder:
 class SamplePlan:
     """What to read for n images of one step."""
 
-    positions: IntArray
-    """Global sample positions, (n,)."""
-    sample_ids: IntArray
-    """Entries of the index, (n,)."""
-    boxes: NDArray[np.int32]
-    """Crops in pixels as top, left, height, width, (n, 4)."""
-    flips: NDArray[np.bool_]
-    """Mirror left to right, (n,)."""
+    positions: IntArray  # global sample positions, (n,)
+    sample_ids: IntArray  # entries of the index, (n,)
+    boxes: NDArray[np.int32]  # crops in pixels as top, left, height, width, (n, 4)
+    flips: NDArray[np.bool_]  # mirror left to right, (n,)
 
 
 class SamplingPlan:
@@ -207,6 +205,7 @@ class SamplingPlan:
             raise UserError(f"data.shuffle={shuffle}: must be global or shard")
         if shuffle == "shard" and shard_starts is None:
             raise UserError("data.shuffle=shard: the images are in a folder, not in tar files; set data.shuffle=global")
+
         self.num_samples = num_samples
         self.shard_order = ShardOrder(shard_starts, seed) if shuffle == "shard" and shard_starts is not None else None
         self.heights = np.asarray(heights)
@@ -304,3 +303,20 @@ class SamplingPlan:
         crop_widths = np.where(ratio > high, np.rint(heights * high), widths).clip(1).astype(np.int64)
         tops, lefts = (heights - crop_heights) // 2, (widths - crop_widths) // 2
         return np.stack([tops, lefts, crop_heights, crop_widths], axis=-1).astype(np.int32)
+
+
+def sampling_plan(config: RunConfig, index: ImageIndex) -> SamplingPlan:
+    """The plan of a run over the images of an index, by the settings under data. and train."""
+    data, train = config.data, config.train
+    return SamplingPlan(
+        len(index),
+        index.heights,
+        index.widths,
+        global_batch_size=train.global_batch_size,
+        seed=train.seed,
+        crop_scale=data.crop_scale,
+        crop_ratio=data.crop_ratio,
+        horizontal_flip=data.horizontal_flip,
+        shuffle=data.shuffle,
+        shard_starts=index.shard_starts,
+    )
