@@ -13,7 +13,7 @@ import signal
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -56,11 +56,10 @@ class Batch:
         return self._apply(lambda tensor: tensor.to(device, non_blocking=True))
 
     def _apply(self, function: Callable[[Tensor], Tensor]) -> "Batch":
-        moved = copy.copy(self)
-        for name, value in vars(self).items():
-            if isinstance(value, Tensor):
-                setattr(moved, name, function(value))
-        return moved
+        moved: dict[str, Any] = {
+            name: function(value) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
 
 
 @dataclass
@@ -120,14 +119,9 @@ class PlannedImages(Dataset[Batch | UserError]):
 
         positions = torch.from_numpy(sample.positions)
         visible_ids, masked_ids = self.mask(positions)
+        ids = torch.from_numpy(sample_ids)
         return Batch(
-            images=images,
-            token_images=token_images,
-            visible_ids=visible_ids,
-            masked_ids=masked_ids,
-            positions=positions,
-            sample_ids=torch.from_numpy(sample_ids),
-            replaced=replaced,
+            images, token_images, visible_ids, masked_ids, positions=positions, sample_ids=ids, replaced=replaced
         )
 
     def decode(

@@ -273,14 +273,9 @@ class _Pipeline:
             for ids in (positions, sample_ids, visible_ids, masked_ids):
                 ids.record_stream(reader)
 
+        tokens = token_images[0] if token_images else None
         return Batch(
-            images=images,
-            token_images=token_images[0] if token_images else None,
-            visible_ids=visible_ids,
-            masked_ids=masked_ids,
-            positions=positions,
-            sample_ids=sample_ids,
-            replaced=item.replaced,
+            images, tokens, visible_ids, masked_ids, positions=positions, sample_ids=sample_ids, replaced=item.replaced
         )
 
     def _load_on_cpu(self, error: RuntimeError, failed: int) -> Batch | UserError:

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from cae_fast.config import UserError
 from cae_fast.data.batches import Augment, Batch, Mask, PlannedImages, data_loader, read_image, worker_items
 from cae_fast.data.dali import EncodedImages, decoded_batches
-from cae_fast.data.decode import resize_and_center_crop
+from cae_fast.data.decode import Decoder, resize_and_center_crop
 from cae_fast.data.index import ImageIndex
 from cae_fast.data.masking import no_mask
 from cae_fast.data.sampling import SamplingPlan
@@ -83,14 +83,9 @@ def pretrain_loader(
     if decoder == "dali" and augment is not None:
         raise UserError("data.backend is dali, which does not augment images: set data.backend=cpu")
 
+    pixels: Decoder = "pil" if decoder == "pil" else "cpu"
     images = PlannedImages(
-        index=index,
-        plan=plan,
-        mask=mask,
-        image_size=image_size,
-        token_size=token_size,
-        decoder="pil" if decoder == "pil" else "cpu",
-        augment=augment,
+        index, plan, mask, image_size=image_size, token_size=token_size, decoder=pixels, augment=augment
     )
     starts = range(rank * share, (rank + 1) * share, micro_batch_size)
     places = ((step, start, start + micro_batch_size) for step in range(start_step, stop_step) for start in starts)

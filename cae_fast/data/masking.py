@@ -28,16 +28,8 @@ def make_mask(mask: MaskConfig, grid: int, seed: int) -> tuple[Mask, int]:
     if mask.kind == "block":
         if mask.min_block > num_masked:
             raise UserError(f"mask.min_block is {mask.min_block}: more than the {num_masked} patches that are masked")
-        draw = partial(
-            block_mask,
-            seed=seed,
-            height=grid,
-            width=grid,
-            num_masked=num_masked,
-            min_block=mask.min_block,
-            max_block=mask.max_block,
-            min_aspect=mask.min_aspect,
-        )
+        blocks = partial(block_mask, min_block=mask.min_block, max_block=mask.max_block, min_aspect=mask.min_aspect)
+        draw = partial(blocks, seed=seed, height=grid, width=grid, num_masked=num_masked)
 
     try:  # the ops know best which blocks cannot be
         draw(torch.zeros(1, dtype=torch.int64))
