@@ -106,10 +106,10 @@ class PlannedImages(Dataset[Batch | UserError]):
             # The crop is copied once for both views.
             top, left, height, width = box
             crop = np.ascontiguousarray(pixels[top : top + height, left : left + width])
-            whole, flip = (0, 0, height, width), bool(sample.flips[i])
-            images[i] = resized_crop(crop, whole, flip, size, "bicubic", self.decoder)
+            view = partial(resized_crop, crop, (0, 0, height, width), bool(sample.flips[i]))
+            images[i] = view(size, "bicubic", self.decoder)
             if token_images is not None and token_size is not None:
-                token_images[i] = resized_crop(crop, whole, flip, token_size, "lanczos", self.decoder)
+                token_images[i] = view(token_size, "lanczos", self.decoder)
 
             # Only the encoder's view is augmented.
             if self.augment is not None:

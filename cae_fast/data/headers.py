@@ -29,7 +29,7 @@ Found = tuple[int, int, int] | str  # height, width and bytes of an image, or wh
 def inspect(stream: IO[bytes], size: int, max_pixels: int) -> Found:
     """(height, width, size) of an image whose bytes, `size` of them, begin at the stream's start, or why not.
 
-    Only the beginning and the end are read (all of a gzipped file). Raises OSError.
+    Only the beginning and the end are read (all of a WebP or a gzipped file). Raises OSError.
     """
     try:
         height, width = _image_size(stream, size)

@@ -87,6 +87,7 @@ def pretrain_loader(
     images = PlannedImages(
         index, plan, mask, image_size=image_size, token_size=token_size, decoder=pixels, augment=augment
     )
+
     starts = range(rank * share, (rank + 1) * share, micro_batch_size)
     places = ((step, start, start + micro_batch_size) for step in range(start_step, stop_step) for start in starts)
     if decoder != "dali":

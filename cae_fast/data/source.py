@@ -19,7 +19,7 @@ class Entry(NamedTuple):
 
 
 class Source(Protocol):
-    """A place of images; `str()` names it in messages, and its index's meta.json keeps its tar files, else that name."""
+    """A place of images. `str()` names it in messages; meta.json of its index keeps its tar files, else that name."""
 
     @property
     def name(self) -> str: ...  # short, for the index
