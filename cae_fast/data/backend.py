@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from cae_fast.config import UserError
+from cae_fast.data.batches import Batch
 from cae_fast.data.dali import why_not
-from cae_fast.data.loader import Batch
 
 logger = logging.getLogger(__name__)
 
@@ -36,12 +36,14 @@ def choose_backend(wanted: str, began_with: str | None, device: torch.device, op
     """
     if wanted not in BACKENDS:
         raise UserError(f"data.backend is {wanted!r}: set one of {', '.join(BACKENDS)}")
+
     if wanted == "auto" and began_with is None:
         chosen, reason = _fastest(device, open_loader)
     elif wanted == "auto":
         chosen, reason = str(began_with), "the run began with it"
     else:
         chosen, reason = wanted, "as data.backend says"
+
     if chosen == "dali" and (missing := why_not()):
         raise UserError(f"data.backend is dali ({reason}): {missing}")
     logger.info("data: backend %s: %s", chosen, reason)

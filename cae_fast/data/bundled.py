@@ -42,10 +42,12 @@ def _unpacked_fashion_mnist() -> Path:
     for archive in _ARCHIVES.values():
         for part in _PARTS:
             digest.update((_HERE / "fashion_mnist" / f"{archive}-{part}").read_bytes())
+
     cache = _cache_folder()
     folder = cache / f"fashion-mnist-{digest.hexdigest()[:8]}"
     if folder.is_dir():
         return folder
+
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".unpacking-", dir=cache) as temporary:

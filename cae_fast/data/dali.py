@@ -29,8 +29,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cae_fast.config import UserError
+from cae_fast.data.batches import Batch, PlannedImages, Replaced, worker_items
 from cae_fast.data.decode import Pixels, decode_rgb
-from cae_fast.data.loader import Batch, PlannedImages, worker_items
 
 logger = logging.getLogger(__name__)
 
@@ -59,13 +59,15 @@ def is_whole_jpeg(data: bytes, size: tuple[int, int]) -> bool:
     """
     if data[:2] != b"\xff\xd8":
         return False
+
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
         return False
     if (height, width) != size or colorspace not in ("YCbCr", "Gray"):
         return False
-    place = 2
+
+    place = 2  # from segment to segment; behind the one that opens a scan, over its compressed data
     while data[place : place + 1] == b"\xff":
         kind = data[place + 1] if place + 1 < len(data) else 0
         if kind == 0xD9:
@@ -90,19 +92,14 @@ def jpeg_or_pixels(data: bytes, size: tuple[int, int]) -> Pixels:
 class EncodedBatch:
     """A micro-batch on its way to DALI."""
 
-    place: tuple[int, int, int]
-    """Step, start, stop."""
-    files: Tensor
-    """JPEG and PPM files, one after the other, uint8."""
-    sizes: list[int]
-    """Bytes of each file."""
-    crops: Tensor
-    """(top, left) and (height, width) in pixels, int32 (2, B, 2)."""
-    flips: Tensor
-    """int32 (B,)."""
-    positions: Tensor
-    sample_ids: Tensor
-    replaced: list[tuple[int, str, str]]
+    place: tuple[int, int, int]  # step, start, stop
+    files: Tensor  # JPEG and PPM files, one after the other, uint8
+    sizes: list[int]  # bytes of each file
+    crops: Tensor  # (top, left) and (height, width) in pixels, int32 (2, B, 2)
+    flips: Tensor  # int32 (B,)
+    positions: Tensor  # int64 (B,)
+    sample_ids: Tensor  # int64 (B,)
+    replaced: list[Replaced]
 
     def inputs(self) -> tuple[list[np.ndarray], np.ndarray, np.ndarray, np.ndarray]:
         files = np.split(self.files.numpy(), np.cumsum(self.sizes)[:-1])
@@ -124,31 +121,37 @@ class EncodedImages(Dataset[EncodedBatch | UserError]):
     def _load(self, place: tuple[int, int, int]) -> EncodedBatch:
         sample = self.images.plan.draw(*place)
         files: list[Pixels] = []
-        replaced: list[tuple[int, str, str]] = []
+        replaced: list[Replaced] = []
+
         for i, position in enumerate(sample.positions.tolist()):
             file, sample.sample_ids[i], sample.boxes[i] = self.images.decode(
-                jpeg_or_pixels, position, int(sample.sample_ids[i]), sample.boxes[i], replaced
+                jpeg_or_pixels,
+                position=position,
+                sample_id=int(sample.sample_ids[i]),
+                box=sample.boxes[i],
+                replaced=replaced,
             )
-            if file.ndim == 3:
+            if file.ndim == 3:  # pixels: their crop goes on as a PPM file, which DALI reads too
                 top, left, height, width = sample.boxes[i]
                 crop = file[top : top + height, left : left + width]
                 file = np.frombuffer(b"P6 %d %d 255\n%b" % (width, height, crop.tobytes()), np.uint8)
                 sample.boxes[i, :2] = 0
             files.append(file)
+
         return EncodedBatch(
-            place,
-            torch.from_numpy(np.concatenate(files)),
-            [len(file) for file in files],
-            torch.from_numpy(np.stack([sample.boxes[:, :2], sample.boxes[:, 2:]])),
-            torch.from_numpy(sample.flips.astype(np.int32)),
-            torch.from_numpy(sample.positions),
-            torch.from_numpy(sample.sample_ids),
-            replaced,
+            place=place,
+            files=torch.from_numpy(np.concatenate(files)),
+            sizes=[len(file) for file in files],
+            crops=torch.from_numpy(np.stack([sample.boxes[:, :2], sample.boxes[:, 2:]])),
+            flips=torch.from_numpy(sample.flips.astype(np.int32)),
+            positions=torch.from_numpy(sample.positions),
+            sample_ids=torch.from_numpy(sample.sample_ids),
+            replaced=replaced,
         )
 
 
 def decoded_batches(
-    loader: DataLoader, images: PlannedImages, device: torch.device, batch_size: int, micro_batches: int
+    loader: DataLoader, images: PlannedImages, *, device: torch.device, batch_size: int, micro_batches: int
 ) -> Generator[Batch | UserError, None, None]:
     """The batches of a loader of EncodedImages, decoded on `device` and left there.
 
@@ -159,7 +162,8 @@ def decoded_batches(
     more than two steps must have read it by then.
     """
     with closing(worker_items(loader)) as items:
-        pipeline = _Pipeline(items, images, device, batch_size, max(1, loader.num_workers))
+        num_threads = max(1, loader.num_workers)
+        pipeline = _Pipeline(items, images, device=device, batch_size=batch_size, num_threads=num_threads)
         kept: deque[Batch | UserError] = deque()
         asked: deque[torch.cuda.Event] = deque(maxlen=micro_batches + 1)
         try:
@@ -180,7 +184,7 @@ class _Pipeline:
     """A DALI pipeline that is built anew after an error, without losing the batches that it had taken in."""
 
     def __init__(
-        self, items: Iterator[Any], images: PlannedImages, device: torch.device, batch_size: int, num_threads: int
+        self, items: Iterator[Any], images: PlannedImages, *, device: torch.device, batch_size: int, num_threads: int
     ) -> None:
         self.items, self.images, self.device = items, images, device
         self.batch_size, self.num_threads = batch_size, num_threads
@@ -227,6 +231,7 @@ class _Pipeline:
             device_id=torch.cuda.current_device() if cuda else None,
             prefetch_queue_depth=PREFETCH,
         )
+
         with pipe:
             files, starts, shapes, flips = fn.external_source(
                 source=self._source(),
@@ -235,9 +240,11 @@ class _Pipeline:
                 dtype=[types.UINT8, types.INT32, types.INT32, types.INT32],
                 ndim=[1, 1, 1, 0],
             )
+
             of_mixed = {"hw_decoder_load": HW_DECODER_LOAD, "jpeg_fancy_upsampling": True} if cuda else {}
             pixels = fn.decoders.image(files, device="mixed" if cuda else "cpu", adjust_orientation=False, **of_mixed)
             crops = fn.slice(pixels, start=starts, shape=shapes, axes=[0, 1])
+
             views = [
                 fn.resize(crops, size=[size, size], interp_type=filter)
                 for size, filter in zip(sizes, (types.INTERP_CUBIC, types.INTERP_LANCZOS3), strict=True)
@@ -245,6 +252,7 @@ class _Pipeline:
             ]
             as_chw = {"mean": 0.0, "std": 1.0, "dtype": types.UINT8, "output_layout": "CHW"}
             pipe.set_outputs(*(fn.crop_mirror_normalize(view, mirror=flips, **as_chw) for view in views))
+
         pipe.build()
         return pipe
 
@@ -258,13 +266,17 @@ class _Pipeline:
                     ids.pin_memory().to(self.device, non_blocking=True) for ids in (positions, sample_ids)
                 )
             visible_ids, masked_ids = self.images.mask(positions)
+
         if self.stream is not None:
             reader = torch.cuda.current_stream(self.device)
             reader.wait_stream(self.stream)
             for ids in (positions, sample_ids, visible_ids, masked_ids):
                 ids.record_stream(reader)
+
         tokens = token_images[0] if token_images else None
-        return Batch(images, tokens, visible_ids, masked_ids, positions, sample_ids, item.replaced)
+        return Batch(
+            images, tokens, visible_ids, masked_ids, positions=positions, sample_ids=sample_ids, replaced=item.replaced
+        )
 
     def _load_on_cpu(self, error: RuntimeError, failed: int) -> Batch | UserError:
         """The batch that DALI failed on; those behind it go in again."""

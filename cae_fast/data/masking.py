@@ -1,4 +1,7 @@
-"""Masks of a run as a function of global sample positions."""
+"""Which patches of an image are masked: a pure function of the global sample position.
+
+Legend: B images of a micro-batch, Nv visible patches, Nm masked patches.
+"""
 
 from functools import partial
 
@@ -6,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cae_fast.config import MaskConfig, UserError
-from cae_fast.data.loader import Mask
+from cae_fast.data.batches import Mask
 from cae_kernels import block_mask, random_mask
 
 
@@ -18,23 +21,17 @@ def make_mask(mask: MaskConfig, grid: int, seed: int) -> tuple[Mask, int]:
             f"mask.ratio is {mask.ratio}: it masks {num_masked} of {grid**2} patches, but at least one must be masked "
             "and one visible"
         )
+
     draw: Mask = partial(random_mask, seed=seed, height=grid, width=grid, num_masked=num_masked)
     if mask.kind not in ("block", "random"):
         raise UserError(f"mask.kind is {mask.kind!r}: set block or random")
     if mask.kind == "block":
         if mask.min_block > num_masked:
             raise UserError(f"mask.min_block is {mask.min_block}: more than the {num_masked} patches that are masked")
-        draw = partial(
-            block_mask,
-            seed=seed,
-            height=grid,
-            width=grid,
-            num_masked=num_masked,
-            min_block=mask.min_block,
-            max_block=mask.max_block,
-            min_aspect=mask.min_aspect,
-        )
-    try:
+        blocks = partial(block_mask, min_block=mask.min_block, max_block=mask.max_block, min_aspect=mask.min_aspect)
+        draw = partial(blocks, seed=seed, height=grid, width=grid, num_masked=num_masked)
+
+    try:  # the ops know best which blocks cannot be
         draw(torch.zeros(1, dtype=torch.int64))
     except ValueError as error:
         raise UserError(f"mask: {error}") from error
@@ -42,6 +39,6 @@ def make_mask(mask: MaskConfig, grid: int, seed: int) -> tuple[Mask, int]:
 
 
 def no_mask(positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Neither visible nor masked patches: what trains on whole images reads none."""
+    """The mask of whoever masks nothing: two empty lists of patches, int64 (B, 0)."""
     empty = positions.new_empty(len(positions), 0)
     return empty, empty

@@ -129,6 +129,7 @@ class ShardOrder:
             sizes = np.add.reduceat(np.diff(self.shard_starts)[order], np.arange(0, num_shards, WINDOW))
             self.window_starts = np.append(0, sizes.cumsum())
             self.epoch, self.windows = epoch, {}
+
         numbers = np.searchsorted(self.window_starts, places, side="right") - 1
         sample_ids = np.empty_like(places)
         for number in np.unique(numbers).tolist():
@@ -162,14 +163,10 @@ class ShardOrder:
 class SamplePlan:
     """What to read for n images of one step."""
 
-    positions: IntArray
-    """Global sample positions, (n,)."""
-    sample_ids: IntArray
-    """Entries of the index, (n,)."""
-    boxes: NDArray[np.int32]
-    """Crops in pixels as top, left, height, width, (n, 4)."""
-    flips: NDArray[np.bool_]
-    """Mirror left to right, (n,)."""
+    positions: IntArray  # global sample positions, (n,)
+    sample_ids: IntArray  # entries of the index, (n,)
+    boxes: NDArray[np.int32]  # crops in pixels as top, left, height, width, (n, 4)
+    flips: NDArray[np.bool_]  # mirror left to right, (n,)
 
 
 class SamplingPlan:
@@ -208,6 +205,7 @@ class SamplingPlan:
             raise UserError(f"data.shuffle={shuffle}: must be global or shard")
         if shuffle == "shard" and shard_starts is None:
             raise UserError("data.shuffle=shard: the images are in a folder, not in tar files; set data.shuffle=global")
+
         self.num_samples = num_samples
         self.shard_order = ShardOrder(shard_starts, seed) if shuffle == "shard" and shard_starts is not None else None
         self.heights = np.asarray(heights)
@@ -308,16 +306,17 @@ class SamplingPlan:
 
 
 def sampling_plan(config: RunConfig, index: ImageIndex) -> SamplingPlan:
+    """The plan of a run over the images of an index, by the settings under data. and train."""
     data, train = config.data, config.train
     return SamplingPlan(
         len(index),
         index.heights,
         index.widths,
-        train.global_batch_size,
-        train.seed,
-        data.crop_scale,
-        data.crop_ratio,
-        data.horizontal_flip,
-        data.shuffle,
-        index.shard_starts,
+        global_batch_size=train.global_batch_size,
+        seed=train.seed,
+        crop_scale=data.crop_scale,
+        crop_ratio=data.crop_ratio,
+        horizontal_flip=data.horizontal_flip,
+        shuffle=data.shuffle,
+        shard_starts=index.shard_starts,
     )

@@ -10,7 +10,7 @@ import torch
 
 from cae_fast.config import UserError
 from cae_fast.data import backend, dali
-from cae_fast.data import loader as loader_module
+from cae_fast.data import batches as loader_module
 from cae_fast.data.backend import choose_backend, try_out
 from cae_fast.data.index import build_index
 from cae_fast.data.loader import pretrain_loader

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cae_fast.config import DataConfig, UserError
-from cae_fast.data import scan as scan_module
+from cae_fast.data import folder as scan_module
 from cae_fast.data.decode import decode_rgb
 from cae_fast.data.index import build_index, index_for, open_index, resolve_data_path
 from data_files import bad_files, good_files

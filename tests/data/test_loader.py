@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 
 from cae_fast.config import UserError
-from cae_fast.data import loader as loader_module
+from cae_fast.data import batches as loader_module
+from cae_fast.data.batches import Batch
 from cae_fast.data.index import build_index
-from cae_fast.data.loader import Batch, labelled_loader, pretrain_loader, resolve_num_workers
+from cae_fast.data.loader import labelled_loader, pretrain_loader, resolve_num_workers
 from cae_fast.data.sampling import SamplingPlan
 
 NUM_IMAGES = 30
