@@ -124,8 +124,8 @@ def test_resident_blocks(registers, shared, warps, blocks):
 
 
 def test_floor_is_the_longer_of_work_and_traffic():
-    assert report.floor_seconds(COPY) == pytest.approx(2e-6)
-    assert report.floor_seconds(dataclasses.replace(COPY, flops=798 * 10**7)) == pytest.approx(10e-6)
+    assert report.floor_seconds(COPY) == pytest.approx(6e6 / 2.6e12)
+    assert report.floor_seconds(dataclasses.replace(COPY, flops=600 * 10**7)) == pytest.approx(10e-6)
 
 
 def test_a_signature_that_does_not_fit_is_refused():
