@@ -155,7 +155,7 @@ def test_the_command(monkeypatch, capsys, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
     row = capsys.readouterr().out.splitlines()[-1].split()
     assert row[:2] == ["copy", "90"]
-    assert row[-3:] == ["0.0", "6.0", "2.0"]
+    assert row[-3:] == ["0.0", "6.0", "2.3"]
     assert report.main([]) == 1
     assert "broken sm_90 does not compile: ValueError" in capsys.readouterr().out
     assert report.main(["-k", "nothing"]) == 2
