@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from record import earlier_rows, record, save
+from record import earlier_rows, record, save, settled
 from timing import copies_past_cache, copy_bandwidth, graphed, time_ms
 from torch import Tensor, nn
 
@@ -168,7 +168,7 @@ def main(argv: list[str] | None = None) -> int:
     copy = Shape("copy", "", "copy", "", (), 1)
     rows = earlier_rows(args.json, ("kind", "model", "layer", "direction"))
     for shape in [copy, cube, *(each for model in args.models for each in shapes(model))]:
-        if shape.key in rows and not args.again:
+        if settled(rows, shape.key) and not args.again:
             continue
         if shape.kind == "copy":
             rows[shape.key] = asdict(shape) | {"bytes_per_second": copy_bandwidth(device, args.seconds)}

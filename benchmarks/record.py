@@ -65,12 +65,17 @@ KEEP_FAILED = "CAE_FAST_KEEP_FAILED"
 
 
 def earlier_rows(path: Path | None, key: tuple[str, ...], **settings: Any) -> Rows:
-    """Rows of an earlier record by these of their values; those that failed are to be tried again."""
+    """Rows of an earlier record by these of their values."""
     found = earlier(path, **settings)
-    kept = [row for row in found["rows"] if "failed" not in row or KEEP_FAILED in os.environ] if found else []
-    if kept:
-        print(f"{path} has {len(kept)} rows of this source and device; --again measures them again", flush=True)
-    return {tuple(row[name] for name in key): row for row in kept}
+    rows = {tuple(row[name] for name in key): row for row in found["rows"]} if found else {}
+    if rows:
+        print(f"{path} has {len(rows)} rows of this source and device; --again measures them again", flush=True)
+    return rows
+
+
+def settled(rows: Rows, key: tuple[Any, ...]) -> bool:
+    """Whether this row is there; one that failed is to be tried again."""
+    return key in rows and ("failed" not in rows[key] or KEEP_FAILED in os.environ)
 
 
 def device_lost() -> bool:
