@@ -86,8 +86,9 @@ def verdict(path: Path) -> int:
     failed = counts["failed"] or found["errors"] or found["status"] not in (0, pytest.ExitCode.NO_TESTS_COLLECTED)
     failed = failed or not (ran if needed else tests)
     save(path, found | {"counts": dict(counts)})
-    print(f"GPU tests: {found.get('collected', 0)} found, {ran} ran, {counts['passed']} passed, {counts['failed']} failed,"
-          f" {counts['skipped']} skipped; {len(found['errors'])} files could not be read", flush=True)  # fmt: skip
+    parts = [f"{ran} ran", *(f"{counts[outcome]} {outcome}" for outcome in ("passed", "failed", "skipped"))]
+    unread = f"{len(found['errors'])} files could not be read"
+    print(f"GPU tests: {found.get('collected', 0)} found, {', '.join(parts)}; {unread}", flush=True)
     if needed and not ran:
         print("no GPU test ran: nothing is known to be correct")
     return 1 if failed else 0

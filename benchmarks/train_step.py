@@ -13,10 +13,11 @@
   original              benchmarks/original_step.py: the original's step as its users run it (float16 autocast, scaler)
 
 Targets are codes of DALL-E's encoder (random weights, published size). Every variant runs in a process of its own, one
-after the other, and measures the device's ceilings too (copy, and a product of the step's own shape). Synthetic data: two random batches in pinned memory. Columns:
-median milliseconds of a step and half the spread (10th to 90th percentile), images/s, MFU of the model's FLOPs and of
-all (with the tokenizer's), peak memory, and milliseconds per part from a profile of further steps (`idle`: median less
-the time in which the device was busy). On a CPU the largest micro-batch and memory are not measured.
+after the other, and measures the device's ceilings too (a copy, and a product of the step's own shape). Synthetic data:
+two random batches in pinned memory. Columns: median milliseconds of a step and half the spread (10th to 90th
+percentile), images/s, MFU of the model's FLOPs and of all (with the tokenizer's), peak memory, and milliseconds per
+part from a profile of further steps (`idle`: median less the time in which the device was busy). On a CPU the largest
+micro-batch and memory are not measured.
 """
 
 # B micro-batch, N patches, S image side, T side of the tokenizer's images.
