@@ -105,6 +105,7 @@ def measured(results: Results, gpus: list[str], folder: Path, beside: Path) -> s
         versions = ", ".join(f"{k} {v}" for k, v in name["versions"].items() if v and k in ("torch", "triton"))
         parts.append(f"### {device}\n\nDriver {name['driver']}, CUDA {name['cuda']}, {versions}.")
         parts.append(correctness(suites.get("correctness")))
+        parts.append(peaks(suites.get("peaks")))
         parts.append(step_table(suites.get("train_step")))
         parts.append(parity(suites.get("loss_parity")))
         parts.append(op_table(suites.get("ops")))
@@ -122,6 +123,17 @@ def correctness(record: dict[str, Any] | None) -> str:
         return f"Tests on the GPU: {MISSING}."
     counts = ", ".join(f"{count} {outcome}" for outcome, count in record["counts"].items())
     return f"Tests on the GPU: {counts} {facts(record)}."
+
+
+def peaks(record: dict[str, Any] | None) -> str:
+    """The rates that everything else is held against."""
+    if record is None:
+        return f"Rates of this card: {MISSING}."
+    rates = dict(record["rates"])
+    copy = rates.pop("copy", None)
+    each = [f"{name} {rate / 1e12:.0f} TFLOP/s" for name, rate in rates.items()]
+    each += [f"copy {copy / 1e12:.2f} TB/s"] if copy else []
+    return f"Rates of this card at a step's own shapes: {', '.join(each)} {facts(record)}."
 
 
 def step_table(record: dict[str, Any] | None) -> str:

@@ -1,5 +1,6 @@
 """The section of benchmarks/README.md that needs no GPU: what benchmarks/static.py counted, as tables."""
 
+import textwrap
 from collections.abc import Iterable
 from typing import Any
 
@@ -100,13 +101,21 @@ def predicted(record: dict[str, Any]) -> str:
     backward = {way: gb(steps[way]["parts"]["backward"]["other_bytes"]) for way in counted}
     ops = ours_by_op(record, "ViT-L")
     gelu = ops["bias_gelu"][1] + ops["bias_gelu_backward"][1]
-    return f"""Predicted for ViT-L at batch 256 on an H100, an estimate and no measurement: ours about {whole["ours"]:.0f} ms,
-torch.compile about {whole["compiled"]:.0f} ms, {whole["compiled"] / whole["ours"]:.2f}x. Of that {counted["ours"]:.0f} and {counted["compiled"]:.0f} ms are the counts at the assumed rates
-({counted["compiled"] / counted["ours"]:.2f}x); {NOT_COUNTED_MS["ours"]} and {NOT_COUNTED_MS["compiled"]} ms are estimated for attention and tokenizer passes below the rate of a copy, for
-FlashAttention-2's float32 workspace in torch.compile's backward pass, and for gaps between launches. In forward and
-backward pass ours moves {rest["ours"]} GB besides products, torch.compile {rest["compiled"]} GB: it fuses the forward pass as well as ours and
-loses in the backward pass ({backward["compiled"]} GB against {backward["ours"]} GB). Bias and GELU are passes over the product, not its
-epilogue: {gb(gelu)} GB. Bias gradients of linear layers are sums of their own: {gb(ops["sum"][1])} GB (`sum`)."""
+    left_out = "{ours} and {compiled} ms".format(**NOT_COUNTED_MS)
+    sentences = [
+        "Predicted for ViT-L at batch 256 on an H100, an estimate and no measurement: ours about "
+        f"{whole['ours']:.0f} ms, torch.compile about {whole['compiled']:.0f} ms, "
+        f"{whole['compiled'] / whole['ours']:.2f}x.",
+        f"Of that {counted['ours']:.0f} and {counted['compiled']:.0f} ms are these counts at the assumed rates "
+        f"({counted['compiled'] / counted['ours']:.2f}x); {left_out} are estimated for attention and tokenizer passes "
+        "below the rate of a copy, FlashAttention-2's float32 workspace in torch.compile's backward pass, and gaps.",
+        f"In the forward and backward pass ours moves {rest['ours']} GB besides products, torch.compile "
+        f"{rest['compiled']} GB: it fuses the forward pass as well as ours and loses in the backward pass "
+        f"({backward['compiled']} GB against {backward['ours']} GB).",
+        f"Bias and GELU are passes over the product, not its epilogue: {gb(gelu)} GB.",
+        f"Bias gradients of linear layers are sums of their own: {gb(ops['sum'][1])} GB (`sum`).",
+    ]
+    return textwrap.fill(" ".join(sentences), 120, break_on_hyphens=False)
 
 
 def gb(count: float) -> str:
