@@ -27,7 +27,7 @@ needed=(torch triton numpy PIL safetensors matplotlib pytest omegaconf simplejpe
 case $mode in
   A | B | C | D | quick) ;;
   E) needed+=(nvidia.dali) ;;
-  --cpu-rehearsal) budget=1500; export CUDA_VISIBLE_DEVICES= ;;
+  --cpu-rehearsal) budget=2400; export CUDA_VISIBLE_DEVICES= ;;
   *) echo "run_gpu.sh: no call $mode; A, B, C, D, E, quick or --cpu-rehearsal" >&2; exit 2 ;;
 esac
 if [ -n "$again" ] && [ "$again" != --again ]; then
@@ -116,6 +116,7 @@ bench() {
 }
 
 gpu_tests=(tests/kernels tests/training/test_inputs.py tests/training/test_monitor.py)
+data_tests=(tests/data/test_backend.py tests/data/test_dali.py tests/data/test_loader.py)
 images() { "$PYTHON" -c 'import sys; sys.path.insert(0, "benchmarks"); from data_loading import *; print(make_images(512))'; }
 
 case $mode in
@@ -141,7 +142,7 @@ case $mode in
     bench train_step_largest 150 train_step.py --models ViT-L ViT-H --variants ours --steps 5 --largest
     ;;
   E)
-    bench correctness_data 120 correctness.py -- tests/data
+    bench correctness_data 120 correctness.py -- "${data_tests[@]}"
     bench masks 60 masks.py
     bench data_loading 300 data_loading.py --workers 4 8 12 --repeats 2 --seconds 3 \
       --ways "PIL + torchvision DataLoader" ours "DALI GPU" "ours, DALI GPU"
@@ -157,12 +158,13 @@ case $mode in
     bench peaks 60 peaks.py --models tiny --seconds 0.01
     bench correctness 120 correctness.py -- "${gpu_tests[@]}"
     bench ops 200 ops.py --seconds 0.01 -k layer_norm
-    bench train_step 500 train_step.py --tiny --batch 2 --steps 2
+    bench train_step 1500 train_step.py --tiny --batch 2 --steps 2
     bench loss_parity 120 loss_parity.py --steps 10 --png "$OUT/loss_parity.png"
     bench tokenizer 60 tokenizer.py --batch 2 --grid 4 --width 8 --steps 2
-    bench correctness_data 60 correctness.py -- tests/data
+    bench correctness_data 60 correctness.py -- "${data_tests[@]}"
     bench masks 60 masks.py --repeats 1
-    bench data_loading 120 data_loading.py --workers 1 --repeats 1 --seconds 0.2 --images 16
+    bench data_loading 200 data_loading.py --workers 1 --repeats 1 --seconds 0.2 --images 16 \
+      --ways "PIL + torchvision DataLoader" ours "DALI GPU" "ours, DALI GPU"
     bench train_step_data 120 train_step.py --tiny --variants ours --batch 2 --steps 2 --data bundled:photographs
     ;;
 esac

@@ -97,7 +97,8 @@ def _measured(device: Device, path: str | None) -> Device:
     for name, rate in rates.items():
         if not 0 < rate < math.inf:
             raise UserError(f"--measured={path}: its rate of {name} is {rate}")
-    return replace(device, source=source, **rates)
+    linears, convolutions, copy = rates.values()
+    return replace(device, linears=linears, convolutions=convolutions, copy=copy, source=source)
 
 
 def workload(config: PretrainConfig, images: int, data_rate: float | None) -> Workload:
