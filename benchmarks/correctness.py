@@ -134,6 +134,7 @@ class Recorder:
 
     def pytest_runtest_logfinish(self) -> None:
         self.found["running"] = None
+        self.found["counts"] = dict(Counter(test["outcome"] for test in self.found["tests"].values()))
         save(self.path, self.found)
 
 
