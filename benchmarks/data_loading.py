@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from masks import PythonBlockMask
 from PIL import Image
-from provenance import provenance
+from record import earlier_rows, record, save
 from torch.utils.data import DataLoader, Dataset
 
 from cae_fast.data.bundled import bundled_path
@@ -289,7 +289,8 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=4.0, help="of counting per sample")
-    parser.add_argument("--json", type=Path, help="write raw samples here")
+    parser.add_argument("--json", type=Path, help="write raw samples here, after every sample")
+    parser.add_argument("--again", action="store_true", help="measure also what the file has")
     parser.add_argument("--sample", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.sample:
@@ -299,21 +300,24 @@ def main() -> None:
     folder = make_images(args.images)
     sizes = [path.stat().st_size for path in folder.iterdir()]
     print(f"{len(sizes)} JPEGs in {folder}, median {statistics.median(sizes) / 1000:.0f} kB", flush=True)
+    found = {} if args.again else earlier_rows(args.json, ("way", "workers"), seconds=args.seconds)
     rows = [
-        {"way": way, "output": WAYS[way][0], "workers": workers, "samples": []}
+        found.get((way, workers), {"way": way, "output": WAYS[way][0], "workers": workers, "samples": []})
         for workers in args.workers
         for way in args.ways
     ]
-    for _ in range(args.repeats):
-        for row in rows:
+    for row in rows:
+        row["samples"] = [sample for sample in row["samples"] if "images" in sample]
+    for repeat in range(args.repeats):
+        for row in (row for row in rows if len(row["samples"]) <= repeat):
             row["samples"].append(sample_in_process(row["way"], folder, row["workers"], args.seconds))
+            if args.json:
+                save(args.json, record("data_loading", seconds=args.seconds, bytes=sizes, rows=rows))
     print(f"{'':30s} {'':8s} {'workers':>3s}  images/s  CPU ms/im   ratio  cores for {WANTED}/s")
     for row in rows:
         same = [r for r in rows if r["way"] == BASELINE and r["workers"] == row["workers"]]
         measured = same and all("images" in s for s in same[0]["samples"])
         print(table_row(row, cpu_milliseconds(same[0]) if measured else None))
-    if args.json:
-        args.json.write_text(json.dumps(provenance() | {"bytes": sizes, "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from record import record, save
+from record import earlier, record, save
 from train_step import write_tokenizer
 
 from cae_fast.commands.pretrain import make_inputs, micro_batches, prepare, train_step
@@ -47,19 +47,30 @@ Curves = dict[str, list[list[float]]]
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     logging.disable(logging.INFO)
-    curves: Curves = {path: [] for path in PATHS}
+    found = None if args.again else earlier(args.json, steps=args.steps)
+    curves: Curves = found["curves"] if found else {path: [] for path in PATHS}
     for seed in range(args.seeds):
         for path in PATHS:
+            if len(curves[path]) > seed:
+                print(f"seed {seed}, {path}: {args.json} has it; --again trains it again", flush=True)
+                continue
             curves[path].append(train_path(path, seed, args.steps))
             print(f"seed {seed}, {path}: loss {curves[path][-1][0]:.4f} to {curves[path][-1][-1]:.4f}", flush=True)
+            if args.json:
+                save(args.json, record("loss_parity", steps=args.steps, curves=curves))
+    return finish(curves, args)
+
+
+def finish(curves: Curves, args: argparse.Namespace) -> int:
+    """The verdict on all curves; 0 where it is passed."""
     found = deviations(curves)
     status = verdict(found)
     for path, deviation in found.items():
         print(f"{path}: deviates from float32 by {deviation:.5f} at most (means of {WINDOW} steps, {args.seeds} seeds)")
     print("fused bf16 is as near to float32 as plain bf16" if status == 0 else f"fused bf16 deviates over {MOST} times")
     if args.json:
-        fused = torch.cuda.is_available()
-        save(args.json, record("loss_parity", curves=curves, deviations=found, passed=status == 0, kernels_ran=fused))
+        facts = {"deviations": found, "passed": status == 0, "kernels_ran": torch.cuda.is_available()}
+        save(args.json, record("loss_parity", steps=args.steps, curves=curves, **facts))
     if args.png:
         draw(curves, args.png)
     return status
@@ -69,7 +80,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=3 if torch.cuda.is_available() else 1)
-    parser.add_argument("--json", type=Path, help="write curves and deviations here")
+    parser.add_argument("--json", type=Path, help="write curves and deviations here, after every curve")
+    parser.add_argument("--again", action="store_true", help="train also what the file has")
     parser.add_argument("--png", type=Path, help="draw the curves here")
     args = parser.parse_args(argv)
     if args.steps < WINDOW or args.seeds < 1:

@@ -7,9 +7,10 @@
 Each row is one backend of one op: median milliseconds of the forward and of the backward pass and half their spread
 (10th to 90th percentile), bytes that must move over that time in GB/s and as a share of the copy bandwidth measured in
 the same run, TFLOP/s of the reference's matrix products, the ratio to the plain torch reference; then what share the
-least possible time (the longer of bytes at copy bandwidth and FLOPs at the rate of a large product, both measured in
-the same run) has in both passes, and peak memory. On a GPU passes are replayed as CUDA graphs (or the row says why
-not), with inputs rotated past the L2 cache. `pytest benchmarks/bench_ops.py` shows the same through pytest-benchmark.
+least possible time (the longer of bytes at copy bandwidth and FLOPs at the rate of a linear layer's product, both
+measured in the same run) has in both passes, and peak memory. On a GPU passes are replayed as CUDA graphs (or the row
+says why not), with inputs rotated past the L2 cache. A backend that leaves the GPU unusable is recorded as failed, and
+a new process goes on behind it. `pytest benchmarks/bench_ops.py` shows the same through pytest-benchmark.
 """
 
 # B batch, N patches, n tokens, D width, H heads, C head width, V codes.
@@ -28,7 +29,7 @@ from typing import Any
 
 import torch
 import torch._functorch.config as functorch_config
-from record import record, save
+from record import device_lost, earlier_rows, record, save, settled, start_again
 from timing import copies_past_cache, copy_bandwidth, graphed, product_rate, time_ms
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -53,6 +54,7 @@ from cae_kernels.dispatch import BACKENDS, why_not
 functorch_config.donated_buffer = False  # or a compiled backward pass could be timed once only
 
 EPS = 1e-6
+KEY = ("op", "shape", "backend")
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # relative Frobenius distance from plain torch in the same type
 # batch, patches, width, heads
 SHAPES = {
@@ -349,7 +351,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="*", choices=list(SHAPES), help="default: all but tiny; on a CPU tiny")
     parser.add_argument("--batches", nargs="+", type=int, help="default: each shape's own")
     parser.add_argument("--seconds", type=float, default=0.2, help="of timing per number")
-    parser.add_argument("--json", type=Path, help="write raw samples here, after every op")
+    parser.add_argument("--json", type=Path, help="write raw samples here, after every row, beside those there")
+    parser.add_argument("--again", action="store_true", help="measure also what the file has")
     args = parser.parse_args(argv)
     if args.batches and min(args.batches) < 1:
         parser.error(f"--batches has {min(args.batches)}: give numbers above 0")
@@ -368,29 +371,35 @@ def main(argv: list[str] | None = None) -> int:
         f"{dtype}, copy {ceilings['copy'] / 1e9:.0f} GB/s, product {ceilings['product'] / 1e12:.2f} TFLOP/s; "
         "ratios are to the plain torch reference"
     )
-    rows: list[dict] = []
+    rows = earlier_rows(args.json, KEY)
     for shape, batch in product(shapes, args.batches or [0]):
         torch.manual_seed(0)
         for case in cases(Sizes(shape, device, dtype, batch)):
-            if args.k in case.op:
-                rows += compare(case, device, args.seconds, ceilings)
+            names = backends(case.op, device) if args.k in case.op else []
+            wanted = [name for name in names if args.again or not settled(rows, (case.op, case.shape, name))]
+            for row in compare(case, wanted, device, args.seconds, ceilings):
+                rows[case.op, case.shape, row["backend"]] = row
+                print(table_row(row, rows.get((case.op, case.shape, "reference"), row), ceilings), flush=True)
                 if args.json:
-                    save(args.json, record("ops", dtype=str(dtype), ceilings=ceilings, rows=rows))
-    return 1 if any("failed" in row for row in rows) else 0
+                    save(args.json, record("ops", dtype=str(dtype), ceilings=ceilings, rows=list(rows.values())))
+                if "failed" in row and args.json and device_lost():
+                    start_again()
+    return 1 if any("failed" in row for row in rows.values()) else 0
 
 
-def compare(case: Case, device: torch.device, seconds: float, ceilings: dict[str, float]) -> list[dict]:
-    """A row for each backend of a case."""
+def compare(
+    case: Case, names: list[str], device: torch.device, seconds: float, ceilings: dict[str, float]
+) -> Iterator[dict]:
+    """A row for each of these backends of a case."""
+    if not names:
+        return
     choose(case.op, "reference")
     leaves = [tensor.detach().clone().requires_grad_(not case.forward_only) for tensor in case.inputs]
     truth = outputs_and_gradients(case, case.run, leaves)
     flops = count_flops(case)
-    rows: list[dict] = []
-    for name in backends(case.op, device):
+    for name in names:
         torch.compiler.reset()
-        rows.append(measure(case, name, truth, device, seconds) | {"flops": flops})
-        print(table_row(rows[-1], rows[0], ceilings), flush=True)
-    return rows
+        yield measure(case, name, truth, device, seconds) | {"flops": flops, "ceilings": ceilings}
 
 
 if __name__ == "__main__":

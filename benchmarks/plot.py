@@ -23,7 +23,8 @@ from step_parts import PARTS
 
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- {name}: written by plot.py -->", "<!-- end of {name} -->"
-STEP_MODELS, VARIANTS = ("ViT-L", "ViT-H", "ViT-B"), ("ours", "reference", "compiled", "original")
+STEP_MODELS = ("ViT-L", "ViT-H", "ViT-B")
+VARIANTS = ("ours", "compiled", "reference", "original", "ours-compiled", "ours-compiled-graphs")
 HUES = ("#1f3b73", "#2a9d8f", "#e9c46a", "#8d5fb3", "#e76f51", "#6c757d", "#dddddd")
 COLORS = dict(zip((*PARTS, "idle"), HUES, strict=True))
 
@@ -68,7 +69,7 @@ def load(folder: Path) -> tuple[Results, dict[str, Any] | None]:
         suites = results.setdefault(found["device"], {})
         before = suites.get(found["suite"])
         if found["suite"] == "ops":
-            found = found | {"rows": [row | {"ceilings": found["ceilings"]} for row in found["rows"]]}
+            found = found | {"rows": [{"ceilings": found["ceilings"]} | row for row in found["rows"]]}
         if before and found["suite"] in ROW_KEYS:
             key = ROW_KEYS[found["suite"]]
             rows = {tuple(row[k] for k in key): row for row in (*before["rows"], *found["rows"])}
@@ -105,6 +106,7 @@ def measured(results: Results, gpus: list[str], folder: Path, beside: Path) -> s
         versions = ", ".join(f"{k} {v}" for k, v in name["versions"].items() if v and k in ("torch", "triton"))
         parts.append(f"### {device}\n\nDriver {name['driver']}, CUDA {name['cuda']}, {versions}.")
         parts.append(correctness(suites.get("correctness")))
+        parts.append(peaks(suites.get("peaks")))
         parts.append(step_table(suites.get("train_step")))
         parts.append(parity(suites.get("loss_parity")))
         parts.append(op_table(suites.get("ops")))
@@ -122,6 +124,17 @@ def correctness(record: dict[str, Any] | None) -> str:
         return f"Tests on the GPU: {MISSING}."
     counts = ", ".join(f"{count} {outcome}" for outcome, count in record["counts"].items())
     return f"Tests on the GPU: {counts} {facts(record)}."
+
+
+def peaks(record: dict[str, Any] | None) -> str:
+    """The rates that everything else is held against."""
+    if record is None:
+        return f"Rates of this card: {MISSING}."
+    rates = dict(record["rates"])
+    copy = rates.pop("copy", None)
+    each = [f"{name} {rate / 1e12:.0f} TFLOP/s" for name, rate in rates.items()]
+    each += [f"copy {copy / 1e12:.2f} TB/s"] if copy else []
+    return f"Rates of this card at a step's own shapes: {', '.join(each)} {facts(record)}."
 
 
 def step_table(record: dict[str, Any] | None) -> str:
@@ -166,7 +179,7 @@ def step_cells(row: dict[str, Any], ours: dict[str, Any]) -> list[str]:
 
 
 def parity(record: dict[str, Any] | None) -> str:
-    if record is None or not record["kernels_ran"]:
+    if record is None or not record.get("kernels_ran"):  # a run that was cut short has curves only
         return f"Loss parity of the fused path: {MISSING}."
     each = ", ".join(f"{path} {value:.4f}" for path, value in record["deviations"].items())
     verdict = "passed" if record["passed"] else "failed"

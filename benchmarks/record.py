@@ -1,16 +1,21 @@
-"""Results on disk: one JSON file for each suite, with what its numbers belong to and every raw sample."""
+"""Results on disk: one JSON file for each suite, with what its numbers belong to and every raw sample.
 
+A suite that was ended goes on: what its file has of the same source and device is not measured again.
+"""
+
+import functools
 import json
 import os
 import re
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from provenance import provenance
+from provenance import provenance, source
 
 L2_BYTES = 50 * 2**20  # of an H100; more than that between two uses of a tensor, and it comes from memory again
 
@@ -25,6 +30,7 @@ def folder_name(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
+@functools.cache
 def driver() -> str | None:
     if not torch.cuda.is_available() or not shutil.which("nvidia-smi"):
         return None
@@ -43,3 +49,48 @@ def save(path: Path, results: dict[str, Any]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, path)
+
+
+def earlier(path: Path | None, **settings: Any) -> dict[str, Any] | None:
+    """The record in this file, where it is of this device, this source and these settings; else None."""
+    if path is None or not path.exists():
+        return None
+    found = json.loads(path.read_text(encoding="utf-8"))
+    wanted = {"device": device_name(), "source": source()} | settings
+    return found if all(found.get(name) == value for name, value in wanted.items()) else None
+
+
+Rows = dict[tuple[Any, ...], dict[str, Any]]
+KEEP_FAILED = "CAE_FAST_KEEP_FAILED"
+
+
+def earlier_rows(path: Path | None, key: tuple[str, ...], **settings: Any) -> Rows:
+    """Rows of an earlier record by these of their values."""
+    found = earlier(path, **settings)
+    rows = {tuple(row[name] for name in key): row for row in found["rows"]} if found else {}
+    if rows:
+        print(f"{path} has {len(rows)} rows of this source and device; --again measures them again", flush=True)
+    return rows
+
+
+def settled(rows: Rows, key: tuple[Any, ...]) -> bool:
+    """Whether this row is there; one that failed is to be tried again."""
+    return key in rows and ("failed" not in rows[key] or KEEP_FAILED in os.environ)
+
+
+def device_lost() -> bool:
+    """Whether an error (an illegal address) has made the GPU useless to this process."""
+    if not torch.cuda.is_available():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
+def start_again() -> None:
+    """Replace this process by one that keeps all rows, failed ones too, and goes on behind them."""
+    sys.stdout.flush()
+    arguments = [argument for argument in sys.argv if argument != "--again"]
+    os.execve(sys.executable, [sys.executable, *arguments], os.environ | {KEEP_FAILED: "1"})

@@ -1,34 +1,89 @@
 #!/usr/bin/env bash
-# Measure a GPU: correctness first, then steps, loss parity, ops, tokenizer. One JSON file a suite, in $OUT (default
-# benchmarks/results/DEVICE); files are written as results come, so that a suite cut short leaves what it had.
+# Measure a GPU in calls of at most 9 minutes, the most valuable first. One JSON file a suite, in $OUT (default
+# benchmarks/results/DEVICE), written as results come.
 #
-#   benchmarks/run_gpu.sh                  every suite, in less than 9 minutes on an H100
-#   benchmarks/run_gpu.sh --rest           9 minutes more: other shapes and batches, torch.compile, largest batches
-#   benchmarks/run_gpu.sh --quick          2 minutes: some kernels, ViT-L, ours against the original
-#   benchmarks/run_gpu.sh --data           data loading with DALI, which must be installed, and masks; 9 minutes
-#   benchmarks/run_gpu.sh --cpu-rehearsal  the same code at tiny sizes on a CPU; writes to a temporary folder
+#   benchmarks/run_gpu.sh A                7 min  this card's rates (peaks), then every GPU test of ops and training
+#   benchmarks/run_gpu.sh B                8 min  ops, each backend: ViT-L, ViT-H, ViT-L at batch 64
+#   benchmarks/run_gpu.sh C             2 x 9 min  whole steps of ViT-L and ViT-H, ours and all baselines; call it twice
+#   benchmarks/run_gpu.sh D                6 min  loss parity, tokenizer, largest batches
+#   benchmarks/run_gpu.sh E                9 min  data loading with DALI, masks, a step on real images
+#   benchmarks/run_gpu.sh quick            3 min  some of A, B and C
+#   benchmarks/run_gpu.sh --cpu-rehearsal  every suite at tiny sizes on a CPU; writes to a temporary folder
 #
-# A suite that fails or runs out of time does not stop the others; the exit status is 1 then. Needs no installation of
-# the project and no network.
+# The minutes are estimates for an H100, none was measured. A call that was ended, or had no time for a suite, goes on
+# where it stopped when it is made again: results of the same source and device, in $OUT or benchmarks/results/DEVICE,
+# are not measured again, unless --again follows. Compiled programs are kept in .compile_cache/. A suite that fails
+# does not stop the others; the exit status is 1 then, and 2 where nothing could start.
+#
+# Needs no installation of the project and no network. Packages that the machine lacks: benchmarks/carry_wheels.sh fills
+# .whl/ elsewhere, and wheels found in $WHEELS (default .whl) are installed into a temporary folder for the call.
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PYTHONPATH=".:kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 unset TRITON_INTERPRET CAE_KERNELS
-PYTHON=${PYTHON:-python3}
-mode=${1:-full}
+PYTHON=${PYTHON:-python3} WHEELS=${WHEELS:-.whl}
+mode=${1:-none} again=${2:-} budget=520
+needed=(torch triton numpy PIL safetensors matplotlib pytest omegaconf simplejpeg rich)
 case $mode in
-  full | --rest) budget=530 ;;
-  --quick) budget=118 ;;
-  --data) budget=530 ;;
-  --cpu-rehearsal) budget=900; export CUDA_VISIBLE_DEVICES= ; OUT=${OUT:-$(mktemp -d)} ;;
-  *) echo "run_gpu.sh: no option $mode; --rest, --quick, --data or --cpu-rehearsal" >&2; exit 2 ;;
+  A | B | C | D | quick) ;;
+  E) needed+=(nvidia.dali) ;;
+  --cpu-rehearsal) budget=2400; export CUDA_VISIBLE_DEVICES= ;;
+  *) echo "run_gpu.sh: no call $mode; A, B, C, D, E, quick or --cpu-rehearsal" >&2; exit 2 ;;
 esac
-device=$("$PYTHON" -c 'import sys; sys.path.insert(0, "benchmarks"); from record import *; print(folder_name(device_name()))') || exit 1
+if [ -n "$again" ] && [ "$again" != --again ]; then
+  echo "run_gpu.sh: no option $again; --again measures anew" >&2
+  exit 2
+fi
+
+missing() {
+  "$PYTHON" -c '
+import importlib.util, sys
+def there(name):
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ImportError:
+        return False
+print(*(name for name in sys.argv[1:] if not there(name)))' "${needed[@]}"
+}
+
+# Wheels as they are, or DALI as the pieces of one archive.
+install_wheels() {
+  local site
+  site=$(mktemp -d)
+  trap "rm -rf '$site'" EXIT
+  mkdir "$site/wheels"
+  cp "$WHEELS"/*.whl "$site/wheels" 2> /dev/null
+  if [ "$mode" = E ] && [ -e "$WHEELS/dali.tar.00" ]; then
+    cat "$WHEELS"/dali.tar.?? | tar xf - -C "$site/wheels" && (cd "$site/wheels" && sha256sum -c --quiet SHA256SUMS) || return
+  fi
+  "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --disable-pip-version-check --root-user-action ignore \
+    --target "$site" "$site"/wheels/*.whl && export PYTHONPATH="$PYTHONPATH:$site"
+}
+
+lacking=$(missing) || exit 2
+if [ -n "$lacking" ] && [ -d "$WHEELS" ]; then
+  install_wheels
+  lacking=$(missing)
+fi
+if [ -n "$lacking" ]; then
+  option=
+  [[ " $lacking " == *" nvidia.dali "* ]] && option=" --dali"
+  echo "run_gpu.sh: missing ${lacking// /, }; where there is a network, benchmarks/carry_wheels.sh$option fills .whl/:" \
+    "carry it here (WHEELS says where it is) and call again" >&2
+  exit 2
+fi
+
+device=$("$PYTHON" -c 'import sys; sys.path.insert(0, "benchmarks"); from record import *; print(folder_name(device_name()))') || exit 2
 if [ "$mode" != --cpu-rehearsal ] && [ "$device" = cpu ]; then
   echo "run_gpu.sh: torch finds no CUDA GPU; --cpu-rehearsal runs tiny sizes on a CPU" >&2
   exit 2
 fi
-OUT=${OUT:-benchmarks/results/$device}
+if [ "$mode" = --cpu-rehearsal ]; then
+  OUT=${OUT:-$(mktemp -d)}
+else
+  OUT=${OUT:-benchmarks/results/$device}
+  export TRITON_CACHE_DIR="$PWD/.compile_cache/triton" TORCHINDUCTOR_CACHE_DIR="$PWD/.compile_cache/inductor"
+fi
 mkdir -p "$OUT"
 began=$SECONDS
 failed=()
@@ -38,8 +93,8 @@ suite() {
   local name=$1 limit=$2 left=$((budget - SECONDS + began)) start=$SECONDS status
   shift 2
   [ "$left" -lt "$limit" ] && limit=$left
-  if [ "$limit" -lt 10 ]; then
-    echo "== $name: not run, no time left"
+  if [ "$limit" -lt 20 ]; then
+    echo "== $name: not run, no time left; the same call goes on with it"
     failed+=("$name (not run)")
     return
   fi
@@ -50,42 +105,67 @@ suite() {
   echo "== $name: $((SECONDS - start)) s, status $status"
 }
 
-bench() { local name=$1 limit=$2 script=$3; shift 3; suite "$name" "$limit" "$PYTHON" "benchmarks/$script" --json "$OUT/$name.json" "$@"; }
+# bench FILE LIMIT SCRIPT OPTIONS...: several may write to one file, each beside the rows of the others
+bench() {
+  local file=$1 limit=$2 script=$3
+  shift 3
+  if [ "$mode" != --cpu-rehearsal ] && [ ! -e "$OUT/$file.json" ] && [ -e "benchmarks/results/$device/$file.json" ]; then
+    cp "benchmarks/results/$device/$file.json" "$OUT"
+  fi
+  suite "$file" "$limit" "$PYTHON" "benchmarks/$script" --json "$OUT/$file.json" ${again:+"$again"} "$@"
+}
+
+gpu_tests=(tests/kernels tests/training/test_inputs.py tests/training/test_monitor.py)
+data_tests=(tests/data/test_backend.py tests/data/test_dali.py tests/data/test_loader.py)
+images() { "$PYTHON" -c 'import sys; sys.path.insert(0, "benchmarks"); from data_loading import *; print(make_images(512))'; }
 
 case $mode in
-  full)
-    bench correctness 120 correctness.py -- tests/kernels
-    bench train_step 200 train_step.py --models ViT-L --variants ours original reference compiled --limit 110
-    bench loss_parity 80 loss_parity.py --seeds 2 --png "$OUT/loss_parity.png"
-    bench tokenizer 30 tokenizer.py
-    bench ops 110 ops.py --shapes ViT-L --seconds 0.1
-    bench train_step_more 150 train_step.py --models ViT-H ViT-B --variants ours original reference --steps 10
-    images=$("$PYTHON" -c 'import sys; sys.path.insert(0, "benchmarks"); from data_loading import *; print(make_images(512))')
-    bench train_step_data 60 train_step.py --models ViT-L --variants ours --steps 10 --data "$images"
+  A)
+    bench peaks 120 peaks.py
+    bench correctness 500 correctness.py -- "${gpu_tests[@]}"
     ;;
-  --rest)
-    bench train_step_compiled 170 train_step.py --models ViT-H --variants ours compiled --steps 10 --limit 140
-    bench ops_more 130 ops.py --shapes ViT-H ViT-B --seconds 0.05
-    bench ops_batches 70 ops.py --shapes ViT-L --batches 64 --seconds 0.05
-    bench train_step_largest 150 train_step.py --models ViT-L ViT-H --variants ours original --steps 5 --largest
+  B)
+    bench ops 400 ops.py --shapes ViT-L --seconds 0.1
+    bench ops 300 ops.py --shapes ViT-H --seconds 0.1
+    bench ops 200 ops.py --shapes ViT-L --batches 64 --seconds 0.05
     ;;
-  --quick)
-    bench correctness 45 correctness.py -- tests/kernels -x -k "attention or residual"
-    bench train_step 55 train_step.py --models ViT-L --variants ours original --steps 10
-    bench ops 25 ops.py --shapes ViT-L --seconds 0.05 -k attention
+  C)
+    bench train_step 480 train_step.py --models ViT-L --variants ours compiled --limit 400
+    bench train_step 480 train_step.py --models ViT-H --variants ours original --limit 150
+    bench train_step 480 train_step.py --models ViT-L --variants original reference ours-compiled ours-compiled-graphs \
+      --limit 300
+    bench train_step 480 train_step.py --models ViT-H --variants compiled ours-compiled reference --limit 400
     ;;
-  --data)
-    bench correctness_data 150 correctness.py -- tests/data
+  D)
+    bench loss_parity 300 loss_parity.py --seeds 2 --png "$OUT/loss_parity.png"
+    bench tokenizer 60 tokenizer.py
+    bench train_step_largest 150 train_step.py --models ViT-L ViT-H --variants ours --steps 5 --largest
+    ;;
+  E)
+    bench correctness_data 120 correctness.py -- "${data_tests[@]}"
     bench masks 60 masks.py
-    bench data_loading 320 data_loading.py --workers 4 8 12 --repeats 2 --seconds 3 \
+    bench data_loading 300 data_loading.py --workers 4 8 12 --repeats 2 --seconds 3 \
       --ways "PIL + torchvision DataLoader" ours "DALI GPU" "ours, DALI GPU"
+    bench train_step_data 60 train_step.py --models ViT-L --variants ours --steps 10 --data "$(images)"
+    ;;
+  quick)
+    bench quick_peaks 50 peaks.py --models ViT-L --seconds 0.03
+    bench quick_correctness 60 correctness.py -- tests/kernels/test_attention.py tests/kernels/test_residual_norm.py
+    bench quick_step 60 train_step.py --models ViT-L --variants ours original --steps 10
+    bench quick_ops 40 ops.py --shapes ViT-L --seconds 0.05 -k attention
     ;;
   --cpu-rehearsal)
-    bench correctness 60 correctness.py -- tests/kernels/test_linear_gelu.py tests/kernels/test_attention.py
-    bench train_step 300 train_step.py --tiny --batch 2 --steps 2
-    bench loss_parity 60 loss_parity.py --steps 10 --png "$OUT/loss_parity.png"
-    bench tokenizer 30 tokenizer.py --batch 2 --grid 4 --width 8 --steps 2
-    bench ops 120 ops.py --seconds 0.01 -k layer_norm
+    bench peaks 60 peaks.py --models tiny --seconds 0.01
+    bench correctness 120 correctness.py -- "${gpu_tests[@]}"
+    bench ops 200 ops.py --seconds 0.01 -k layer_norm
+    bench train_step 1500 train_step.py --tiny --batch 2 --steps 2
+    bench loss_parity 120 loss_parity.py --steps 10 --png "$OUT/loss_parity.png"
+    bench tokenizer 60 tokenizer.py --batch 2 --grid 4 --width 8 --steps 2
+    bench correctness_data 60 correctness.py -- "${data_tests[@]}"
+    bench masks 60 masks.py --repeats 1
+    bench data_loading 200 data_loading.py --workers 1 --repeats 1 --seconds 0.2 --images 16 \
+      --ways "PIL + torchvision DataLoader" ours "DALI GPU" "ours, DALI GPU"
+    bench train_step_data 120 train_step.py --tiny --variants ours --batch 2 --steps 2 --data bundled:photographs
     ;;
 esac
 echo "results: $OUT ($((SECONDS - began)) s)"

@@ -9,7 +9,7 @@
 
 Nothing is computed: tensors are fake, at the real shapes of ViT-L at batch 256 and ViT-H at batch 128. An op's inputs
 are read once and its results written once, so these are the least bytes of each way of cutting the work into kernels;
-`floor` is the time they take at the ceilings of a GPU, with the FLOPs of matrix products.
+the tables have the time they take at the rates assumed of a GPU (cae_fast/cost/devices.py).
 """
 
 # B batch, N patches, Nm masked, T side of the tokenizer's images.
@@ -32,8 +32,10 @@ from original_step import OriginalCAE, OriginalTokenizer
 from record import record, save
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch_adamw import TorchAdamW
 
 from cae_fast.config import ModelConfig, OptimConfig
+from cae_fast.cost.devices import DEVICES
 from cae_fast.models.cae import ContextAutoencoder
 from cae_fast.models.dalle import DalleEncoder, DalleTokenizer
 from cae_fast.models.flops import pretraining_flops
@@ -41,8 +43,10 @@ from cae_fast.training.engine import Engine
 from cae_kernels.adamw import AdamWState
 
 CPU = torch.device("cpu")
-# Assumed ceilings: FLOP/s of large bf16 products and bytes/s of a device copy (read + written).
-CEILINGS = {"H100": (798e12, 3.0e12), "H200": (780e12, 4.3e12)}
+CEILINGS = {
+    name.upper(): {rate: getattr(DEVICES[name], rate) for rate in ("linears", "convolutions", "copy")}
+    for name in ("h100", "h200")
+}
 MODELS = {"ViT-L": ("large", 256), "ViT-H": ("huge", 128)}
 COMPILED_DEPTHS = (2, 3)  # of the encoder; the rest follows, each block being the same
 # Bytes a parameter, float32 gradients. torch's foreach AdamW: weight decay 8, exp_avg 12, exp_avg_sq 8 + 12, square
@@ -211,6 +215,8 @@ def plain_step(cae: ContextAutoencoder, tokenizer: DalleTokenizer, batch: int) -
         engine.backward(losses.total)
     ours = os.environ.get("CAE_KERNELS") == ""
     parameters = sum(master.numel() for master in engine.masters)
+    if not ours:
+        engine.step = TorchAdamW(engine)  # type: ignore[method-assign]
 
     def by_kernel(*_: Any, **__: Any) -> None:
         update.add("adamw", FUSED_ADAMW * parameters)

@@ -1,19 +1,23 @@
-"""Whole pretraining steps, side by side in one run: ours, plain torch, torch.compile, and the original's.
+"""Whole pretraining steps, side by side: ours, plain torch, torch.compile, both together, and the original's.
 
     python benchmarks/train_step.py --models ViT-L ViT-H --json train_step.json     # a GPU
     python benchmarks/train_step.py --tiny                                          # a CPU: small sizes, float32
     python benchmarks/train_step.py --data /data/imagenet/train                     # through the loader
 
-  ours       as `cae-fast pretrain` runs: fused kernels, tokenizer on a stream of its own
-  reference  the same with CAE_KERNELS=all=reference: plain torch ops, attention by torch's SDPA
-  compiled   the reference with model and tokenizer under torch.compile
-  original   benchmarks/original_step.py: the original's step as its users run it (float16 autocast and scaler)
+  ours                  as `cae-fast pretrain` runs: fused kernels, tokenizer on a stream of its own
+  reference             the same step in plain torch ops (CAE_KERNELS=all=reference): attention by torch's SDPA, and
+                        torch's own fused AdamW without our engine's costs (torch_adamw.py)
+  compiled              the reference with model and tokenizer under torch.compile: the strongest plain torch we know
+  ours-compiled         our kernels, as registered ops, with model and tokenizer under torch.compile
+  ours-compiled-graphs  the same with the model's passes as CUDA graphs (mode="reduce-overhead")
+  original              benchmarks/original_step.py: the original's step as its users run it (float16 autocast, scaler)
 
 Targets are codes of DALL-E's encoder (random weights, published size). Every variant runs in a process of its own, one
-after the other, and measures the device's ceilings too. Synthetic data: two random batches in pinned memory. Columns:
-median milliseconds of a step and half the spread (10th to 90th percentile), images/s, MFU of the model's FLOPs and of
-all (with the tokenizer's), peak memory, and milliseconds per part from a profile of further steps (`idle`: median less
-the time in which the device was busy). On a CPU the largest micro-batch and memory are not measured.
+after the other, and measures the device's ceilings too (a copy, and a product of the step's own shape). Synthetic data:
+two random batches in pinned memory. Columns: median milliseconds of a step and half the spread (10th to 90th
+percentile), images/s, MFU of the model's FLOPs and of all (with the tokenizer's), peak memory, and milliseconds per
+part from a profile of further steps (`idle`: median less the time in which the device was busy). On a CPU the largest
+micro-batch and memory are not measured.
 """
 
 # B micro-batch, N patches, S image side, T side of the tokenizer's images.
@@ -37,22 +41,24 @@ from typing import Any
 import torch
 from original_step import OriginalStep, boolean_mask
 from PIL import Image
-from record import record, save
+from record import earlier_rows, record, save, settled
 from step_parts import PARTS, step_parts
 from timing import copy_bandwidth, product_rate
+from torch_adamw import TorchAdamW
 
 from cae_fast.commands.pretrain import Job, make_inputs, micro_batches, prepare, train_step
 from cae_fast.config import PretrainConfig
+from cae_fast.cost.devices import device_peak_flops
 from cae_fast.data.loader import Batch
 from cae_fast.models.dalle import DalleEncoder
 from cae_fast.models.flops import pretraining_flops
 from cae_fast.training.checkpoint import write_safetensors
 from cae_fast.training.distributed import World
 from cae_fast.training.inputs import inputs_ahead
-from cae_fast.training.monitor import device_peak_flops
 from cae_fast.training.setup import choose_device
 
-VARIANTS = ("ours", "reference", "compiled", "original")
+VARIANTS = ("ours", "compiled", "original", "reference", "ours-compiled", "ours-compiled-graphs")
+KEY = ("model", "variant", "batch", "data")
 # size, image side, batch, width of the tokenizer, codes
 MODELS = {
     "ViT-B": ("base", 224, 256, 256, 8192),
@@ -70,20 +76,24 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps(measure_variant(json.loads(args.child))))
         return 0
     models = ["tiny"] if args.tiny else args.models
-    rows: list[dict[str, Any]] = []
+    rows, failed = earlier_rows(args.json, KEY), False
     with tempfile.TemporaryDirectory() as folder:
         for model in models:
             tokenizer = str(write_tokenizer(Path(folder), model))
             for variant in args.variants:
                 batch = args.batch or MODELS[model][2]
+                key = model, variant, batch, args.data or "synthetic"
+                if settled(rows, key) and not args.again and (not args.largest or "largest_batch" in rows[key]):
+                    continue
                 asked = {"model": model, "variant": variant, "batch": batch, "tokenizer": tokenizer, "folder": folder}
                 asked |= {"data": args.data, "warmup": args.warmup, "steps": args.steps, "largest": args.largest}
-                rows.append(in_own_process(asked, args.limit))
-                print(table_row(rows[-1]), flush=True)
+                rows[key] = in_own_process(asked, args.limit)
+                failed |= "failed" in rows[key]
+                print(table_row(rows[key]), flush=True)
                 if args.json:
-                    save(args.json, record("train_step", rows=rows))
-    print_ratios(rows)
-    return 1 if any("failed" in row for row in rows) else 0
+                    save(args.json, record("train_step", rows=list(rows.values())))
+    print_ratios(list(rows.values()))
+    return 1 if failed else 0
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -99,7 +109,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=20 if cuda else 5)
     parser.add_argument("--largest", action="store_true", help="also find the largest micro-batch that fits (a GPU)")
     parser.add_argument("--limit", type=float, default=600, help="seconds for a variant")
-    parser.add_argument("--json", type=Path, help="write raw samples here, after every variant")
+    parser.add_argument("--json", type=Path, help="write raw samples here, after every variant, beside those there")
+    parser.add_argument("--again", action="store_true", help="measure also what the file has")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.largest and not cuda:
@@ -110,8 +121,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def in_own_process(asked: dict[str, Any], limit: float) -> dict[str, Any]:
     """A variant's row; where it fails, "failed" says how."""
     row = {key: asked[key] for key in ("model", "variant", "batch")} | {"data": asked["data"] or "synthetic"}
-    kernels = {} if asked["variant"] == "ours" else {"CAE_KERNELS": "all=reference"}
-    cache = {"TRITON_CACHE_DIR": str(Path(asked["folder"]) / "triton")}  # an older cache holds kernels' plain names
+    kernels = {} if asked["variant"].startswith("ours") else {"CAE_KERNELS": "all=reference"}
+    # A folder of its own beside the given one: a cache of other programs holds kernels' plain names.
+    cache = {"TRITON_CACHE_DIR": str(Path(os.environ.get("TRITON_CACHE_DIR", asked["folder"])) / "named")}
     command = [sys.executable, str(Path(__file__).resolve()), "--child", json.dumps(asked)]
     try:
         done = subprocess.run(command, env=os.environ | kernels | cache, capture_output=True, text=True, timeout=limit)
@@ -168,7 +180,7 @@ def make_job(asked: dict[str, Any]) -> Job:
     if size == "tiny":
         config.model.depth = config.model.regressor_depth = config.model.decoder_depth = 2
     config.target.kind, config.target.tokenizer = "codes", asked["tokenizer"]
-    config.target.compile = asked["variant"] == "compiled"
+    config.target.compile = "compiled" in asked["variant"]
     config.data.path = asked["data"] or str(small_images(folder / f"images-{batch}", batch))
     config.data.backend = "auto" if asked["data"] else "cpu"
     config.optim.epochs, config.optim.warmup_epochs = 1_000_000, 1
@@ -231,12 +243,17 @@ def make_steps(job: Job, variant: str) -> StepsOf:
     """A function that takes a step for each of its batches and yields the metrics."""
     if variant == "original":
         return original_steps(job)
-    if variant == "compiled":
-        job.model.compile()
+    if not variant.startswith("ours"):
+        job.engine.step = TorchAdamW(job.engine)
+    graphs = variant == "ours-compiled-graphs"
+    if "compiled" in variant:
+        job.model.compile(mode="reduce-overhead" if graphs else "default")
     annotate_optimizer(job)
 
     def steps_of(batches: Iterator[list[Batch]]) -> Iterator[Any]:
         for inputs, _ in inputs_ahead(batches, partial(make_inputs, job), job.device):
+            if graphs:  # what the graphs of the step before returned may be overwritten
+                torch.compiler.cudagraph_mark_step_begin()
             yield train_step(job, inputs, LR)
 
     return steps_of

@@ -7,7 +7,6 @@ counts them from 1: "step 10" is the state after ten steps.
 import json
 import math
 import os
-import re
 import sys
 import time
 from collections import deque
@@ -25,27 +24,9 @@ from rich.text import Text
 from torch import Tensor
 
 from cae_fast.config import LogConfig, UserError
+from cae_fast.cost.devices import device_peak_flops
 from cae_fast.files import append, replacing, survive_disk, write_text
 
-# Dense bf16 matrix throughput in FLOP/s (NVIDIA's data sheets; half of the figures given "with sparsity").
-# The first name found as a whole word in the device's name counts.
-PEAK_BF16_FLOPS = {
-    "B200": 2250e12,
-    "H200 NVL": 835.5e12,
-    "H200": 989.4e12,
-    "GH200": 989.4e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835.5e12,
-    "H100": 989.4e12,
-    "A100": 312e12,
-    "A40": 149.7e12,
-    "L40S": 362e12,
-    "L40": 181e12,
-    "L4": 121e12,
-    "RTX 5090": 209.5e12,
-    "RTX 4090": 165.2e12,
-    "RTX 3090": 71e12,
-}
 IDS_IN_WARNING = 8
 
 
@@ -271,13 +252,6 @@ class _Display:
     def update(self, epoch: float, eta: str, text: str) -> None:
         self.bar.update(self.task, epoch=f"{epoch:.2f}", eta=eta)
         self.live.update(Group(self.bar, Text(text)))
-
-
-def device_peak_flops(name: str) -> float | None:
-    """Dense bf16 FLOP/s of the CUDA device of this name; None when unknown or only a slice (MIG) of a device."""
-    if re.search(r"\bMIG\b", name):
-        return None
-    return next((peak for key, peak in PEAK_BF16_FLOPS.items() if re.search(rf"\b{key}\b", name)), None)
 
 
 def drop_steps_after(metrics_path: Path, step: int) -> list[dict[str, Any]]:

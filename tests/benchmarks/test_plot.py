@@ -87,6 +87,14 @@ def test_ops_of_a_gpu(draw, tmp_path):
     assert (tmp_path / "results" / "nvidia-h100-80gb-hbm3" / "roofline.png").exists()
 
 
+def test_rates_of_a_card(draw):
+    assert "Rates of this card: not measured" in draw(
+        ("ops", H100, {"ceilings": {"copy": 3e12, "product": 8e14}, "rows": []})
+    )
+    text = draw(("peaks", H100, {"rates": {"linears": 583e12, "cube": 798e12, "copy": 2.95e12}, "rows": []}))
+    assert "own shapes: linears 583 TFLOP/s, cube 798 TFLOP/s, copy 2.95 TB/s (" in text
+
+
 def test_other_shapes_of_ops_are_added(draw):
     first = {"ceilings": {"copy": 3e12, "product": 8e14}, "rows": [op_row("reference", 0.2, 0.6)]}
     other = [op_row("reference", 0.4, 0.4) | {"shape": "ViT-H"}, op_row("triton", 0.2, 0.2) | {"shape": "ViT-H"}]

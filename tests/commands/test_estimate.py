@@ -94,11 +94,14 @@ def test_a_row_for_each_number_of_gpus(tiny, capsys):
     assert "GB on one GPU" in capsys.readouterr().out
 
 
-def test_measured_copy_bandwidth(tiny, tmp_path, capsys):
-    (tmp_path / "ops.json").write_text('{"copy_bandwidth": 2.5e12, "device": "Some GPU"}')
-    assert main(["estimate", tiny, "--gpus", "8", "--measured", str(tmp_path / "ops.json")]) == 0
+def test_measured_rates(tiny, tmp_path, capsys):
+    """In bfloat16, where the rate of linear layers counts."""
+    rates = {"linears": 555e12, "convolutions": 333e12, "copy": 2.5e12, "cube": 8e14}
+    (tmp_path / "peaks.json").write_text(json.dumps({"rates": rates, "device": "Some GPU"}))
+    options = ["train.precision=bfloat16", "--gpus", "8", "--measured", str(tmp_path / "peaks.json")]
+    assert main(["estimate", tiny, *options]) == 0
     text = capsys.readouterr().out
-    assert "copy 2.50 TB/s" in text
+    assert "products 555 TFLOP/s, its targets' 333, other ops 2.50 TB/s" in text
     assert "on Some GPU" in text
 
 
@@ -145,8 +148,10 @@ def test_mistakes_are_one_line(tiny, arguments, said, capsys):
     assert said in lines[0]
 
 
-@pytest.mark.parametrize("text", ['{"device": "x"}', "[]", "{", '{"copy_bandwidth": 0, "device": "x"}'])
+@pytest.mark.parametrize(
+    "text", ['{"device": "x"}', "[]", "{", '{"rates": {"linears": 0, "convolutions": 1, "copy": 1}, "device": "x"}']
+)
 def test_a_measurement_that_is_none(tiny, tmp_path, text, capsys):
-    (tmp_path / "ops.json").write_text(text)
-    assert main(["estimate", tiny, "--gpus", "8", "--measured", str(tmp_path / "ops.json")]) == 2
+    (tmp_path / "peaks.json").write_text(text)
+    assert main(["estimate", tiny, "--gpus", "8", "--measured", str(tmp_path / "peaks.json")]) == 2
     assert "--measured=" in capsys.readouterr().err

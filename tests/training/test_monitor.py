@@ -14,8 +14,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cae_fast.config import LogConfig, UserError
+from cae_fast.cost.devices import device_peak_flops
 from cae_fast.training import monitor as monitor_module
-from cae_fast.training.monitor import Monitor, device_peak_flops, drop_steps_after
+from cae_fast.training.monitor import Monitor, drop_steps_after
 
 SIZES = {"total_steps": 100, "steps_per_epoch": 20, "images_per_step": 32, "flops_per_image": 10**9}
 

@@ -5,10 +5,21 @@ from dataclasses import replace
 import pytest
 
 from cae_fast.config import UserError
-from cae_fast.models.memory import Activations
-from cae_fast.training.estimation import DEVICES, Device, Workload, assumptions, estimate, peak_bytes
+from cae_fast.cost.devices import DEVICES, Device, device_peak_flops
+from cae_fast.cost.memory import Activations
+from cae_fast.cost.estimation import Workload, assumptions, estimate, peak_bytes
 
-DEVICE = Device("H100", 80e9, gemm=1e15, float32=1e14, copy=1e12, nvlink=100e9, network=50e9, source="invented")
+DEVICE = Device(
+    "H100",
+    memory=80e9,
+    linears=0.85e15,
+    convolutions=0.58e15,
+    float32=0.85e14,
+    copy=0.85e12,
+    nvlink=100e9,
+    network=50e9,
+    source="invented",
+)
 WORK = Workload(
     parameters=1_000_000_000,
     tensors=292,
@@ -39,14 +50,14 @@ def test_a_step_by_hand():
     assert row.parts_ms == pytest.approx(
         {
             "GEMM": 6.4 + 0.64,  # 64 x 85e9 / 0.85e15 and 64 x 5.8e9 / 0.58e15
-            "memory bandwidth": 64 + 3.75,  # 64 x 850e6 / 0.85e12 and 30e9 / 8 / 1e12
+            "memory bandwidth": 64 + 4.41176,  # 64 x 850e6 / 0.85e12 and 30e9 / 8 / 0.85e12
             "communication": 63.2530,  # 3 x 2e9 x 7/8 / 83e9
             "host": 70,  # 2 x 292 x 70 / 584
             "data": 64,
         },
         rel=1e-5,
     )
-    step = 7.04 + 67.75 + 63.2530
+    step = 7.04 + 68.41176 + 63.2530
     assert row.step_ms == pytest.approx(step, rel=1e-5)
     assert row.limit == "memory bandwidth"
     assert row.images_per_second == pytest.approx(512 / step * 1e3, rel=1e-5)
@@ -118,7 +129,9 @@ def test_a_batch_that_does_not_divide(gpus):
 @pytest.mark.parametrize("device", DEVICES.values(), ids=list(DEVICES))
 def test_assumptions_name_their_numbers(device):
     text = "\n".join(assumptions(WORK, device))
-    for number in (f"{device.gemm / 1e12:.0f} TFLOP/s", f"{device.copy / 1e12:.2f} TB/s", device.source, "85%", "58%"):
+    for number in (f"{device.linears / 1e12:.0f} TFLOP/s", f"{device.convolutions / 1e12:.0f},", device.source):
         assert number in text
+    assert f"{device.copy / 1e12:.2f} TB/s" in text
+    assert device.linears < device_peak_flops(device.name)
     for number in (f"NVLink {device.nvlink / 1e9:.0f} GB/s", "83%", "66%", "0.12", "1,000 images/s", "3,600 steps"):
         assert number in text

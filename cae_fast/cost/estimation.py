@@ -7,13 +7,12 @@ import bisect
 from dataclasses import dataclass
 
 from cae_fast.config import UserError
-from cae_fast.models.memory import Activations, ModelState, model_state
-from cae_fast.training.monitor import PEAK_BF16_FLOPS
+from cae_fast.cost.devices import Device, device_peak_flops
+from cae_fast.cost.memory import Activations, ModelState, model_state
 
 GPUS_OF_A_NODE = 8
 STAGES = (0, 1, 2, 3)
 SERIAL = ("GEMM", "memory bandwidth", "communication")
-GEMM_SHARE, CONVOLUTION_SHARE, COPY_SHARE = 0.85, 0.58, 0.85
 NVLINK_SHARE, NETWORK_SHARE = 0.83, 0.66
 HOST_MS = {0: 51 / 584, 1: 70 / 584, 2: 78 / 584, 3: 310 / 584}
 """For each parameter tensor and micro-batch: what Python and the engine take when the device takes nothing."""
@@ -23,31 +22,6 @@ OPTIMIZER_BYTES = 28 + 2
 CONTEXT_BYTES = 2_000_000_000
 BUCKET_BYTES = 400_000_000
 FRAGMENTATION = 1.05
-
-
-@dataclass(frozen=True)
-class Device:
-    """Bytes, FLOP/s and byte/s of one GPU; nvlink and network: in one direction, as bought."""
-
-    name: str
-    memory: float
-    gemm: float
-    float32: float
-    copy: float
-    nvlink: float
-    network: float
-    source: str
-
-
-MEASURED = "measured: product of 8192^3 in bfloat16, copy on the device (read + written)"
-DEVICES = {
-    "h100": Device("H100 SXM 80 GB", 85.5e9, 798e12, 67e12, 3.0e12, 450e9, 50e9, MEASURED),
-    "h200": Device("H200 SXM 141 GB", 150.7e9, 780e12, 67e12, 4.3e12, 450e9, 50e9, MEASURED),
-    "a100": Device(
-        "A100 SXM 80 GB", 85.9e9, 252e12, 19.5e12, 1.83e12, 300e9, 25e9,
-        "data sheet (312 TFLOP/s, 2.04 TB/s) times the shares that the H100 reaches of its own, 81 % and 90 %",
-    ),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -116,7 +90,9 @@ def estimate(work: Workload, device: Device, gpus: int, stage: int) -> Estimate:
     limit = max(SERIAL if step == on_device else ("host", "data"), key=parts.__getitem__)
     images_per_second, hours = work.global_batch / step * 1e3, work.steps * step / 3.6e6
     plain, checkpointed = (peak_bytes(work, gpus, stage, micro, again) for again in (False, True))
-    recompute = work.recomputed_flops / _gemm(work, device) + work.traffic / 3 / (COPY_SHARE * device.copy)
+    recompute = work.recomputed_flops / _linears(work, device) + work.traffic / 3 / device.copy
+    peak = device_peak_flops(device.name)
+    assert peak is not None, f"no data sheet of {device.name}"
     return Estimate(
         gpus=gpus,
         stage=stage,
@@ -134,14 +110,14 @@ def estimate(work: Workload, device: Device, gpus: int, stage: int) -> Estimate:
         step_ms=step,
         limit=limit,
         images_per_second=images_per_second,
-        mfu=work.model_flops * images_per_second / gpus / PEAK_BF16_FLOPS[device.name.split()[0]],
+        mfu=work.model_flops * images_per_second / gpus / peak,
         hours=hours,
         gpu_hours=hours * gpus,
     )
 
 
-def _gemm(work: Workload, device: Device) -> float:
-    return GEMM_SHARE * (device.gemm if work.element < 4 else device.float32)
+def _linears(work: Workload, device: Device) -> float:
+    return device.linears if work.element < 4 else device.float32
 
 
 def step_parts(
@@ -151,9 +127,8 @@ def step_parts(
     images = micro * accumulation
     optimizer = OPTIMIZER_BYTES * work.parameters / (gpus if stage else 1)
     seconds = {
-        "GEMM": images * work.model_flops / _gemm(work, device)
-        + images * work.targets_flops / (CONVOLUTION_SHARE * device.gemm),
-        "memory bandwidth": images * work.traffic / (COPY_SHARE * device.copy) + optimizer / device.copy,
+        "GEMM": images * (work.model_flops / _linears(work, device) + work.targets_flops / device.convolutions),
+        "memory bandwidth": (images * work.traffic + optimizer) / device.copy,
         "communication": communication_seconds(work, device, gpus, stage, accumulation),
         "host": accumulation * work.tensors * HOST_MS[stage] / 1e3,
         "data": images / work.data_rate,
@@ -198,16 +173,15 @@ def assumptions(work: Workload, device: Device) -> list[str]:
     """Everything the numbers rest on that is not a count of the model's, with its source."""
     steps = work.steps // work.epochs
     return [
-        f"{device.name}: GEMM {device.gemm / 1e12:.0f} TFLOP/s, copy {device.copy / 1e12:.2f} TB/s ({device.source}); "
+        f"{device.name}: the model's products {_linears(work, device) / 1e12:.0f} TFLOP/s, its targets' "
+        f"{device.convolutions / 1e12:.0f}, other ops {device.copy / 1e12:.2f} TB/s ({device.source}); "
         f"{device.memory / 1e9:.1f} GB",
-        f"this model's products reach {GEMM_SHARE:.0%} of that GEMM rate, the tokenizer's convolutions "
-        f"{CONVOLUTION_SHARE:.0%}, other ops {COPY_SHARE:.0%} of the copy rate (goals, not measured)",
         f"NVLink {device.nvlink / 1e9:.0f} GB/s, of which {NVLINK_SHARE:.0%} are reached; over {GPUS_OF_A_NODE} GPUs "
         f"InfiniBand, one port of {device.network / 1e9:.0f} GB/s for each GPU, {NETWORK_SHARE:.0%} (assumed)",
         "communication is not overlapped with computing (the worst case): ZeRO-0 all-reduces gradients, 1 and 2 gather "
         "weights too (counted in DeepSpeed 0.19.8), 3 gathers twice and scatters in each micro-batch (1910.02054)",
         "products, other ops and communication follow each other; products hide their own reading and writing; "
-        "attention counts in both",
+        "attention counts in both; passes between a tokenizer's convolutions are not counted",
         f"host: {', '.join(f'{ms:.2f}' for ms in HOST_MS.values())} ms for each parameter tensor and micro-batch with "
         "ZeRO 0, 1, 2, 3 (DeepSpeed 0.19.8 on a CPU, tiny tensors; CUDA graphs would avoid most of it)",
         f"data: {work.data_rate:,.0f} images/s reach each GPU (default: {DECODED_BY_A_CORE} decoded by each of "
