@@ -1,6 +1,6 @@
 """Tables and pictures of benchmarks/README.md, all from the JSON files in benchmarks/results; nothing is typed by hand.
 
-    python benchmarks/plot.py                # rewrites what stands between the markers of benchmarks/README.md
+    python -m benchmarks.plot                # rewrites what stands between the markers of benchmarks/README.md
 
 A result is shown under the device that it was measured on, and a measurement that is missing says "not measured".
 Measurements on a CPU are never shown as those of a GPU: they have a table of their own. Of several results of a suite
@@ -16,10 +16,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import proof_tables
-from record import folder_name
-from static_tables import MISSING, static_tables, table
-from step_parts import PARTS
+from benchmarks.counted.static_tables import MISSING, static_tables, table
+from benchmarks.learning import proof_tables
+from benchmarks.record import folder_name
+from benchmarks.speed.step_parts import PARTS
 
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- {name}: written by plot.py -->", "<!-- end of {name} -->"
@@ -257,7 +257,9 @@ def proof(folder: Path, beside: Path) -> str:
     shown = os.path.relpath(folder / "probes.png", beside)
     made = record["provenance"]
     title = f"Top-1 in % of 2,000 test images, mean (lowest..highest) over seeds; steps of pretraining: {steps}"
-    title += f" (`benchmarks/proof_of_learning.py`, revision {made['revision']}, torch {made['versions']['torch']})"
+    title += (
+        f" (`benchmarks/learning/proof_of_learning.py`, revision {made['revision']}, torch {made['versions']['torch']})"
+    )
     return f"{title}:\n\n{proof_tables.table(record['results'])}\n![Probes of every variant]({shown})"
 
 

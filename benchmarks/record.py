@@ -4,8 +4,11 @@ A suite that was ended goes on: what its file has of the same source and device 
 """
 
 import functools
+import hashlib
+import importlib.metadata
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -15,8 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from provenance import provenance, source
 
+from cae_fast.files import write_text
+
+ROOT = Path(__file__).resolve().parents[1]
+MEASURED = ("cae_fast", "kernels/cae_kernels", "benchmarks")
+PACKAGES = ("torch", "torchvision", "pillow", "simplejpeg", "numpy", "triton", "nvidia-dali-cuda130")
 L2_BYTES = 50 * 2**20  # of an H100; more than that between two uses of a tensor, and it comes from memory again
 
 
@@ -38,6 +45,49 @@ def driver() -> str | None:
     return subprocess.run(query, capture_output=True, text=True).stdout.strip() or None
 
 
+def provenance() -> dict[str, Any]:
+    return {
+        "command": " ".join(["python", *sys.orig_argv[1:]]),
+        "revision": revision(),
+        "source": source(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in PACKAGES},
+        "processor": processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+@functools.cache
+def source() -> str:
+    """Of what is measured and what measures it: a digest of the Python files, which needs no git and knows of edits."""
+    digest = hashlib.sha256()
+    for path in sorted(path for folder in MEASURED for path in (ROOT / folder).rglob("*.py")):
+        digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+@functools.cache
+def revision() -> str | None:
+    try:
+        git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
+    except FileNotFoundError:  # a machine without git
+        return None
+    return git.stdout.strip() or None
+
+
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
+
+
 def record(suite: str, **results: Any) -> dict[str, Any]:
     """Results of a suite with what they belong to."""
     facts = {"suite": suite, "device": device_name(), "driver": driver(), "cuda": torch.version.cuda}
@@ -45,10 +95,7 @@ def record(suite: str, **results: Any) -> dict[str, Any]:
 
 
 def save(path: Path, results: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, json.dumps(results, indent=1) + "\n")
 
 
 def earlier(path: Path | None, **settings: Any) -> dict[str, Any] | None:
@@ -92,5 +139,5 @@ def device_lost() -> bool:
 def start_again() -> None:
     """Replace this process by one that keeps all rows, failed ones too, and goes on behind them."""
     sys.stdout.flush()
-    arguments = [argument for argument in sys.argv if argument != "--again"]
+    arguments = [argument for argument in sys.orig_argv[1:] if argument != "--again"]
     os.execve(sys.executable, [sys.executable, *arguments], os.environ | {KEEP_FAILED: "1"})

@@ -73,7 +73,7 @@ if [ -n "$lacking" ]; then
   exit 2
 fi
 
-device=$("$PYTHON" -c 'import sys; sys.path.insert(0, "benchmarks"); from record import *; print(folder_name(device_name()))') || exit 2
+device=$("$PYTHON" -c 'from benchmarks.record import device_name, folder_name; print(folder_name(device_name()))') || exit 2
 if [ "$mode" != --cpu-rehearsal ] && [ "$device" = cpu ]; then
   echo "run_gpu.sh: torch finds no CUDA GPU; --cpu-rehearsal runs tiny sizes on a CPU" >&2
   exit 2
@@ -105,67 +105,67 @@ suite() {
   echo "== $name: $((SECONDS - start)) s, status $status"
 }
 
-# bench FILE LIMIT SCRIPT OPTIONS...: several may write to one file, each beside the rows of the others
+# bench FILE LIMIT MODULE OPTIONS...: several may write to one file, each beside the rows of the others
 bench() {
-  local file=$1 limit=$2 script=$3
+  local file=$1 limit=$2 module=$3
   shift 3
   if [ "$mode" != --cpu-rehearsal ] && [ ! -e "$OUT/$file.json" ] && [ -e "benchmarks/results/$device/$file.json" ]; then
     cp "benchmarks/results/$device/$file.json" "$OUT"
   fi
-  suite "$file" "$limit" "$PYTHON" "benchmarks/$script" --json "$OUT/$file.json" ${again:+"$again"} "$@"
+  suite "$file" "$limit" "$PYTHON" -m "benchmarks.$module" --json "$OUT/$file.json" ${again:+"$again"} "$@"
 }
 
 gpu_tests=(tests/kernels tests/training/test_inputs.py tests/training/test_monitor.py)
 data_tests=(tests/data/test_backend.py tests/data/test_dali.py tests/data/test_loader.py)
-images() { "$PYTHON" -c 'import sys; sys.path.insert(0, "benchmarks"); from data_loading import *; print(make_images(512))'; }
+images() { "$PYTHON" -c 'from benchmarks.loading.data_loading import make_images; print(make_images(512))'; }
 
 case $mode in
   A)
-    bench peaks 120 peaks.py
-    bench correctness 500 correctness.py -- "${gpu_tests[@]}"
+    bench peaks 120 speed.peaks
+    bench correctness 500 speed.correctness -- "${gpu_tests[@]}"
     ;;
   B)
-    bench ops 400 ops.py --shapes ViT-L --seconds 0.1
-    bench ops 300 ops.py --shapes ViT-H --seconds 0.1
-    bench ops 200 ops.py --shapes ViT-L --batches 64 --seconds 0.05
+    bench ops 400 speed.ops --shapes ViT-L --seconds 0.1
+    bench ops 300 speed.ops --shapes ViT-H --seconds 0.1
+    bench ops 200 speed.ops --shapes ViT-L --batches 64 --seconds 0.05
     ;;
   C)
-    bench train_step 480 train_step.py --models ViT-L --variants ours compiled --limit 400
-    bench train_step 480 train_step.py --models ViT-H --variants ours original --limit 150
-    bench train_step 480 train_step.py --models ViT-L --variants original reference ours-compiled ours-compiled-graphs \
+    bench train_step 480 speed.train_step --models ViT-L --variants ours compiled --limit 400
+    bench train_step 480 speed.train_step --models ViT-H --variants ours original --limit 150
+    bench train_step 480 speed.train_step --models ViT-L --variants original reference ours-compiled ours-compiled-graphs \
       --limit 300
-    bench train_step 480 train_step.py --models ViT-H --variants compiled ours-compiled reference --limit 400
+    bench train_step 480 speed.train_step --models ViT-H --variants compiled ours-compiled reference --limit 400
     ;;
   D)
-    bench loss_parity 300 loss_parity.py --seeds 2 --png "$OUT/loss_parity.png"
-    bench tokenizer 60 tokenizer.py
-    bench train_step_largest 150 train_step.py --models ViT-L ViT-H --variants ours --steps 5 --largest
+    bench loss_parity 300 speed.loss_parity --seeds 2 --png "$OUT/loss_parity.png"
+    bench tokenizer 60 speed.tokenizer
+    bench train_step_largest 150 speed.train_step --models ViT-L ViT-H --variants ours --steps 5 --largest
     ;;
   E)
-    bench correctness_data 120 correctness.py -- "${data_tests[@]}"
-    bench masks 60 masks.py
-    bench data_loading 300 data_loading.py --workers 4 8 12 --repeats 2 --seconds 3 \
+    bench correctness_data 120 speed.correctness -- "${data_tests[@]}"
+    bench masks 60 loading.masks
+    bench data_loading 300 loading.data_loading --workers 4 8 12 --repeats 2 --seconds 3 \
       --ways "PIL + torchvision DataLoader" ours "DALI GPU" "ours, DALI GPU"
-    bench train_step_data 60 train_step.py --models ViT-L --variants ours --steps 10 --data "$(images)"
+    bench train_step_data 60 speed.train_step --models ViT-L --variants ours --steps 10 --data "$(images)"
     ;;
   quick)
-    bench quick_peaks 50 peaks.py --models ViT-L --seconds 0.03
-    bench quick_correctness 60 correctness.py -- tests/kernels/test_attention.py tests/kernels/test_residual_norm.py
-    bench quick_step 60 train_step.py --models ViT-L --variants ours original --steps 10
-    bench quick_ops 40 ops.py --shapes ViT-L --seconds 0.05 -k attention
+    bench quick_peaks 50 speed.peaks --models ViT-L --seconds 0.03
+    bench quick_correctness 60 speed.correctness -- tests/kernels/test_attention.py tests/kernels/test_residual_norm.py
+    bench quick_step 60 speed.train_step --models ViT-L --variants ours original --steps 10
+    bench quick_ops 40 speed.ops --shapes ViT-L --seconds 0.05 -k attention
     ;;
   --cpu-rehearsal)
-    bench peaks 60 peaks.py --models tiny --seconds 0.01
-    bench correctness 120 correctness.py -- "${gpu_tests[@]}"
-    bench ops 200 ops.py --seconds 0.01 -k layer_norm
-    bench train_step 1500 train_step.py --tiny --batch 2 --steps 2
-    bench loss_parity 120 loss_parity.py --steps 10 --png "$OUT/loss_parity.png"
-    bench tokenizer 60 tokenizer.py --batch 2 --grid 4 --width 8 --steps 2
-    bench correctness_data 60 correctness.py -- "${data_tests[@]}"
-    bench masks 60 masks.py --repeats 1
-    bench data_loading 200 data_loading.py --workers 1 --repeats 1 --seconds 0.2 --images 16 \
+    bench peaks 60 speed.peaks --models tiny --seconds 0.01
+    bench correctness 120 speed.correctness -- "${gpu_tests[@]}"
+    bench ops 200 speed.ops --seconds 0.01 -k layer_norm
+    bench train_step 1500 speed.train_step --tiny --batch 2 --steps 2
+    bench loss_parity 120 speed.loss_parity --steps 10 --png "$OUT/loss_parity.png"
+    bench tokenizer 60 speed.tokenizer --batch 2 --grid 4 --width 8 --steps 2
+    bench correctness_data 60 speed.correctness -- "${data_tests[@]}"
+    bench masks 60 loading.masks --repeats 1
+    bench data_loading 200 loading.data_loading --workers 1 --repeats 1 --seconds 0.2 --images 16 \
       --ways "PIL + torchvision DataLoader" ours "DALI GPU" "ours, DALI GPU"
-    bench train_step_data 120 train_step.py --tiny --variants ours --batch 2 --steps 2 --data bundled:photographs
+    bench train_step_data 120 speed.train_step --tiny --variants ours --batch 2 --steps 2 --data bundled:photographs
     ;;
 esac
 echo "results: $OUT ($((SECONDS - began)) s)"

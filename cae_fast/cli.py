@@ -16,7 +16,6 @@ COMMANDS = {
     "convert": "turn weights of other code bases into ours and back, without running code from them",
     "index": "scan a folder of images once and write its index",
     "estimate": "memory, time and GPU-hours of a pretraining recipe on N GPUs, without a GPU",
-    "bench": "measure kernels, training steps, data loading or the tokenizer on this machine",
     "doctor": "show what this machine has and which kernels run on it",
 }
 

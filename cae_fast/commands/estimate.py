@@ -19,14 +19,6 @@ from rich.table import Table
 
 from cae_fast.config import PretrainConfig, TargetConfig, UserError, add_settings, load_run_config
 from cae_fast.cost.devices import DEVICES, Device
-from cae_fast.data.masking import make_mask
-from cae_fast.files import write_text
-from cae_fast.models.cae import ModelShape, resolve_model
-from cae_fast.models.dalle import DalleEncoder, DalleTokenizer
-from cae_fast.models.flops import forward_flops, pretraining_flops
-from cae_fast.cost.memory import activations, targets_bytes, traffic, working_bytes
-from cae_fast.models.targets import ENCODED_AT_ONCE, PixelTargets, Targets, make_model, make_targets
-from cae_fast.training.engine import PRECISIONS
 from cae_fast.cost.estimation import (
     DECODED_BY_A_CORE,
     STAGES,
@@ -36,6 +28,14 @@ from cae_fast.cost.estimation import (
     assumptions,
     estimate,
 )
+from cae_fast.cost.memory import activations, targets_bytes, traffic, working_bytes
+from cae_fast.data.masking import make_mask
+from cae_fast.files import write_text
+from cae_fast.models.cae import ModelShape, resolve_model
+from cae_fast.models.dalle import DalleEncoder, DalleTokenizer
+from cae_fast.models.flops import forward_flops, pretraining_flops
+from cae_fast.models.targets import ENCODED_AT_ONCE, PixelTargets, Targets, make_model, make_targets
+from cae_fast.training.engine import PRECISIONS
 from cae_fast.training.setup import check_training, micro_batch_size
 
 
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--zero", type=int, default=1, help="ZeRO stage of the rows with several --gpus (default: 1)")
     parser.add_argument("--images", type=int, default=1_281_167, help="images of the data (default: ImageNet-1K's)")
     parser.add_argument("--data-rate", type=float, metavar="X", help="images/s that reach each GPU")
-    parser.add_argument("--measured", metavar="FILE", help="JSON of benchmarks/peaks.py: a card's own rates")
+    parser.add_argument("--measured", metavar="FILE", help="JSON of benchmarks/speed/peaks.py: a card's own rates")
     parser.add_argument("--markdown", action="store_true", help="tables in Markdown")
     parser.add_argument("--json", metavar="FILE", help="write all numbers here")
 
@@ -93,7 +93,7 @@ def _measured(device: Device, path: str | None) -> Device:
         rates = {name: float(facts["rates"][name]) for name in ("linears", "convolutions", "copy")}
         source = f"measured: {path}, on {facts['device']}"
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--measured={path}: not a JSON file of benchmarks/peaks.py ({error!r})") from error
+        raise UserError(f"--measured={path}: not a JSON file of benchmarks/speed/peaks.py ({error!r})") from error
     for name, rate in rates.items():
         if not 0 < rate < math.inf:
             raise UserError(f"--measured={path}: its rate of {name} is {rate}")

@@ -52,7 +52,7 @@ class Device:
     source: str
 
 
-# Not measured here: `benchmarks/peaks.py` measures a card's own, and `cae-fast estimate --measured` takes them.
+# Not measured here: `benchmarks/speed/peaks.py` measures a card's own, and `cae-fast estimate --measured` takes them.
 # linears: 61 % of the data sheet's peak. A published H100 figure for 65,536 x 1,024 x 1,024 in bf16 is 583 TFLOP/s; an
 # 8192-cube reaches 798, but a step has no such product. convolutions: 45 %. copy: 78 % of the data sheet's 3.35 TB/s,
 # as kernels that do more than copy reach. float32: 85 % of the data sheet's 67 TFLOP/s.

@@ -1,13 +1,14 @@
 """The recording of GPU tests with tests of its own: outcomes as they come, going on, hangs, crashes, nothing found."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "correctness.py"
+ROOT = Path(__file__).parents[2]
 TESTS = """import os, time, pytest
 pytestmark = pytest.mark.gpu
 def test_first(): pass
@@ -24,8 +25,10 @@ def run(tmp_path):
 
     def start(tests=TESTS, *options):
         (tmp_path / "test_it.py").write_text(tests)
-        command = [sys.executable, str(SCRIPT), "--json", "found.json", *options, "--", "."]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        command = [sys.executable, "-m", "benchmarks.speed.correctness", "--json", "found.json", *options, "--", "."]
+        path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+        environment = os.environ | {"PYTHONPATH": path}
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
         return done, json.loads((tmp_path / "found.json").read_text())
 
     return start

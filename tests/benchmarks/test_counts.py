@@ -2,15 +2,14 @@
 
 import os
 
-import count_compiled
-import ops
 import pytest
-import static
 import torch
 import torch.nn.functional as F
-from count_launches import Launches, as_on_a_gpu, stored_bytes
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from benchmarks.counted import count_compiled, static
+from benchmarks.counted.count_launches import Launches, as_on_a_gpu, stored_bytes
+from benchmarks.speed import ops
 from cae_kernels.report import collect
 from cae_kernels.residual_norm import residual_norm
 

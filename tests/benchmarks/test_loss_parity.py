@@ -2,8 +2,9 @@
 
 import json
 
-import loss_parity
 import pytest
+
+from benchmarks.speed import loss_parity
 
 
 def curves(fused, plain, steps=30):

@@ -5,8 +5,8 @@ import copy
 import numpy as np
 import pytest
 import torch
-from original_step import OriginalStep, OriginalTokenizer, boolean_mask
 
+from benchmarks.speed.original_step import OriginalStep, OriginalTokenizer, boolean_mask
 from cae_fast.config import ModelConfig, OptimConfig
 from cae_fast.models.cae import ContextAutoencoder
 from cae_fast.models.dalle import DalleEncoder, DalleTokenizer, map_pixels

@@ -2,12 +2,11 @@
 
 import json
 
-import ops
-import peaks
 import pytest
-import record
 import torch
 
+from benchmarks import record
+from benchmarks.speed import ops, peaks
 from cae_fast.models.dalle import DalleEncoder, DalleTokenizer
 
 CPU = torch.device("cpu")

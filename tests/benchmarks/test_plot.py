@@ -2,8 +2,9 @@
 
 import json
 
-import plot
 import pytest
+
+from benchmarks import plot
 
 README = "\n".join(
     f"{plot.BEGIN.format(name=n)}\nold\n{plot.END.format(name=n)}\n" for n in ("measured", "cpu", "proof", "static")

@@ -1,27 +1,14 @@
 """Pretraining makes better features than random weights, and alignment makes latents that the decoder reads."""
 
-import importlib
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 from PIL import Image
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
-
-@pytest.fixture
-def proof(monkeypatch):
-    """benchmarks/proof_of_learning.py."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    yield importlib.import_module("proof_of_learning")
-    for name in ("proof_of_learning", "proof_tables", "cluttered_set", "provenance"):
-        sys.modules.pop(name, None)
+from benchmarks.learning import proof_of_learning as proof
 
 
 @pytest.mark.slow
-def test_pretraining_beats_random_weights(proof, tmp_path):
+def test_pretraining_beats_random_weights(tmp_path):
     """One seed and less than half of the experiment's steps. Trials (seed 0): k-NN 53.0 and 71.7 after 500 steps;
     decoded with alignment 0.88 after 500 steps, without 2.14."""
     pytest.importorskip("torchmetrics", reason="needs torchmetrics", exc_type=(ImportError, RuntimeError))
@@ -34,15 +21,15 @@ def test_pretraining_beats_random_weights(proof, tmp_path):
     assert trained["decoded"] < 1.0 < 1.15 < apart["decoded"]
 
 
-def test_a_stopped_pretraining_is_not_probed(proof, tmp_path, monkeypatch):
-    monkeypatch.setattr(proof, "cae_fast", lambda arguments: 0)  # as after SIGTERM, which is a success
+def test_a_stopped_pretraining_is_not_probed(tmp_path, monkeypatch):
+    monkeypatch.setattr("cae_fast", lambda arguments: 0)  # as after SIGTERM, which is a success
     proof.run(["pretrain"], tmp_path)
     (tmp_path / "stopped.json").touch()
     with pytest.raises(InterruptedError, match="stopped"):
         proof.run(["pretrain"], tmp_path)
 
 
-def test_missed_thresholds_are_named(proof):
+def test_missed_thresholds_are_named():
     def runs(knn, linear, decoded):
         return {str(seed): {"knn": knn + seed, "linear": linear + seed, "decoded": decoded} for seed in range(3)}
 
@@ -58,7 +45,7 @@ def test_missed_thresholds_are_named(proof):
     assert lines[3] == "| fashion | cae | 61.0 (60.0..62.0) | 71.0 (70.0..72.0) |  |  | 0.50 (0.50..0.50) |"
 
 
-def test_cluttered_images_show_a_garment_on_a_photograph(proof):
+def test_cluttered_images_show_a_garment_on_a_photograph():
     compose = importlib.import_module("cluttered_set").compose
     garment = np.zeros((28, 28), np.uint8)
     garment[8:20, 8:20] = 200

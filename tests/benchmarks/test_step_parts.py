@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from step_parts import covered, part_of, step_parts
+
+from benchmarks.speed.step_parts import covered, part_of, step_parts
 
 
 def kernel(name, stream, ts, dur, launcher=None):

@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch_adamw import TorchAdamW
 
+from benchmarks.speed.torch_adamw import TorchAdamW
 from cae_fast.config import OptimConfig
 from cae_fast.training.engine import Engine
 

@@ -4,8 +4,9 @@ import json
 from dataclasses import replace
 
 import pytest
-import train_step
-from step_parts import PARTS
+
+from benchmarks.speed import train_step
+from benchmarks.speed.step_parts import PARTS
 
 
 def asked(folder, variant):
@@ -93,7 +94,7 @@ def test_rows_are_kept_and_not_measured_again(tmp_path, monkeypatch, capsys):
     assert calls[4:] == ["ours"]
     rows = json.loads((tmp_path / "steps.json").read_text())["rows"]
     assert [row["variant"] for row in rows] == ["ours", "original", "reference"]
-    monkeypatch.setattr("record.source", lambda: "another")
+    monkeypatch.setattr("benchmarks.record.source", lambda: "another")
     train_step.main([*options, "ours"])
     assert calls[5:] == ["ours"]  # of another source: everything again
 

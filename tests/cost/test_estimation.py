@@ -6,8 +6,8 @@ import pytest
 
 from cae_fast.config import UserError
 from cae_fast.cost.devices import DEVICES, Device, device_peak_flops
-from cae_fast.cost.memory import Activations
 from cae_fast.cost.estimation import Workload, assumptions, estimate, peak_bytes
+from cae_fast.cost.memory import Activations
 
 DEVICE = Device(
     "H100",

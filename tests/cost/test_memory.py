@@ -13,10 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from cae_fast.config import ModelConfig, TokenizerConfig
+from cae_fast.cost.memory import activations, model_state, targets_bytes, traffic, working_bytes
 from cae_fast.models.cae import ContextAutoencoder, RegressorBlock
 from cae_fast.models.dalle import DalleEncoder, DalleTokenizer
 from cae_fast.models.dvae import DiscreteVAE, resolve_tokenizer
-from cae_fast.cost.memory import activations, model_state, targets_bytes, traffic, working_bytes
 from cae_fast.models.targets import DvaeTokenizer, PixelTargets
 from cae_fast.models.teacher import TeacherFeatures
 from cae_fast.models.vit import Block, VisionTransformer

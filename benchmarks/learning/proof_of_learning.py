@@ -1,8 +1,8 @@
 """Does context autoencoding learn something? Pretraining against random weights and the paper's ablations, on a CPU.
 
-    python benchmarks/proof_of_learning.py                     # Fashion-MNIST; prints how long it will take
-    python benchmarks/proof_of_learning.py --sets cluttered    # garments on photographs
-    python benchmarks/proof_of_learning.py --quick             # a few minutes: does everything run?
+    python -m benchmarks.learning.proof_of_learning                     # Fashion-MNIST; prints how long it will take
+    python -m benchmarks.learning.proof_of_learning --sets cluttered    # garments on photographs
+    python -m benchmarks.learning.proof_of_learning --quick             # a few minutes: does everything run?
 
 For every set, variant and seed: pretrain with `cae-fast pretrain`, then k-NN, linear and attentive probe of the frozen
 encoder with `cae-fast classify`, and Fig. 4 of the paper: all patches are encoded and decoded without the regressor,
@@ -29,20 +29,21 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from cluttered_set import make_cluttered_set
-from proof_tables import draw, table
-from provenance import provenance
 from torch import Tensor
 
+from benchmarks.learning.cluttered_set import make_cluttered_set
+from benchmarks.learning.proof_tables import draw, table
+from benchmarks.record import provenance
 from cae_fast.cli import main as cae_fast
 from cae_fast.config import DataConfig, PretrainConfig, load_config
 from cae_fast.data.index import index_for
 from cae_fast.data.loader import labelled_loader
 from cae_fast.data.normalize import Normalize
 from cae_fast.evaluation.knn_probe import knn_accuracy
+from cae_fast.files import write_text
 from cae_fast.models.cae import ContextAutoencoder
 from cae_fast.models.targets import PixelTargets
-from cae_fast.training.checkpoint import save_model, write_text
+from cae_fast.training.checkpoint import save_model
 from cae_fast.training.resume import load_weights
 
 BATCH = 64

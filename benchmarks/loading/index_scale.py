@@ -1,7 +1,7 @@
 """An index of the size of ImageNet-22K: opening, private memory, and drawing plans.
 
-  python benchmarks/index_scale.py                      # 14.2 million images in 21,841 tar files; 0.9 GB on disk
-  python benchmarks/index_scale.py --images 1000000 --shards 1000 --json FILE
+  python -m benchmarks.loading.index_scale                # 14.2 million images in 21,841 tar files; 0.9 GB on disk
+  python -m benchmarks.loading.index_scale --images 1000000 --shards 1000 --json FILE
 
 The index is synthetic (no tar files), written to a temporary folder and left to the page cache. Then several
 processes open it at once and draw --batches plans of --batch images from it, for each way of shuffling. Private is

@@ -1,7 +1,7 @@
 """The rates of this card that floors, budgets and `cae-fast estimate --measured` are held against.
 
-    python benchmarks/peaks.py --json peaks.json       # a GPU: ViT-L at batch 256, ViT-H at batch 128
-    python benchmarks/peaks.py --models tiny           # a CPU: float32, tiny shapes
+    python -m benchmarks.speed.peaks --json peaks.json       # a GPU: ViT-L at batch 256, ViT-H at batch 128
+    python -m benchmarks.speed.peaks --models tiny           # a CPU: float32, tiny shapes
 
   linear       bfloat16 products of the encoder's linear layers and the head: forward, d-input and d-weight, each in
                the layout of the step's own call
@@ -28,10 +28,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from record import earlier_rows, record, save, settled
-from timing import copies_past_cache, copy_bandwidth, graphed, time_ms
 from torch import Tensor, nn
 
+from benchmarks.record import earlier_rows, record, save, settled
+from benchmarks.speed.timing import copies_past_cache, copy_bandwidth, graphed, time_ms
 from cae_fast.models.dalle import NUM_GROUPS, DalleEncoder
 
 # batch, patches, width, depth, codes, width of the tokenizer

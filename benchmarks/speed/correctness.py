@@ -1,6 +1,6 @@
 """The tests that need a GPU, before anything is timed: pytest -m gpu, with every outcome written as it comes.
 
-python benchmarks/correctness.py --json correctness.json -- tests/kernels -k attention
+python -m benchmarks.speed.correctness --json correctness.json -- tests/kernels -k attention
 
 Tests run in a process of their own. One that leaves the GPU unusable (an illegal address) or takes longer than --limit
 fails and ends that process; a new one goes on behind it. What passed before on this device, with this source, is not
@@ -18,7 +18,8 @@ from typing import Any
 
 import pytest
 import torch
-from record import device_lost, earlier, record, save
+
+from benchmarks.record import device_lost, earlier, record, save
 
 MARKED = ["-m", "gpu", "-q", "--no-header", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
 
@@ -48,7 +49,16 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_child(path: Path, args: argparse.Namespace) -> bool:
     """Run what has no outcome yet; True where a test ended that before the others had their turn."""
-    command = [sys.executable, __file__, "--child", "--json", str(path), "--", *args.options]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.speed.correctness",
+        "--child",
+        "--json",
+        str(path),
+        "--",
+        *args.options,
+    ]
     child = subprocess.Popen(command)
     running, since = None, time.monotonic()
     while child.poll() is None:

@@ -1,6 +1,6 @@
 """Images per second and CPU time per image of ways to load CAE's two views, side by side on the same JPEGs.
 
-    python benchmarks/data_loading.py --json data_loading.json        # Linux; workers 1 .. cores
+    python -m benchmarks.loading.data_loading --json data_loading.json        # Linux; workers 1 .. cores
 
 The files are 500x375 crops of the bundled photographs, 4:2:0, about 100 kB each, made once. Every way yields
 micro-batches of 64: one random crop and flip, 224 px bicubic and 112 px for the tokenizer. What they end in differs:
@@ -30,11 +30,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from masks import PythonBlockMask
 from PIL import Image
-from record import earlier_rows, record, save
 from torch.utils.data import DataLoader, Dataset
 
+from benchmarks.loading.masks import PythonBlockMask
+from benchmarks.record import earlier_rows, record, save
 from cae_fast.data.bundled import bundled_path
 from cae_fast.data.dali import why_not
 from cae_fast.data.index import build_index
@@ -259,7 +259,13 @@ def sample(way: str, folder: Path, workers: int, seconds: float) -> dict[str, An
 
 
 def sample_in_process(way: str, folder: Path, workers: int, seconds: float) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--sample", json.dumps([way, str(folder), workers, seconds])]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.loading.data_loading",
+        "--sample",
+        json.dumps([way, str(folder), workers, seconds]),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         return {"failed": (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]}

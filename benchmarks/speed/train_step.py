@@ -1,8 +1,8 @@
 """Whole pretraining steps, side by side: ours, plain torch, torch.compile, both together, and the original's.
 
-    python benchmarks/train_step.py --models ViT-L ViT-H --json train_step.json     # a GPU
-    python benchmarks/train_step.py --tiny                                          # a CPU: small sizes, float32
-    python benchmarks/train_step.py --data /data/imagenet/train                     # through the loader
+    python -m benchmarks.speed.train_step --models ViT-L ViT-H --json train_step.json     # a GPU
+    python -m benchmarks.speed.train_step --tiny                                          # a CPU: small sizes, float32
+    python -m benchmarks.speed.train_step --data /data/imagenet/train                     # through the loader
 
   ours                  as `cae-fast pretrain` runs: fused kernels, tokenizer on a stream of its own
   reference             the same step in plain torch ops (CAE_KERNELS=all=reference): attention by torch's SDPA, and
@@ -10,7 +10,7 @@
   compiled              the reference with model and tokenizer under torch.compile: the strongest plain torch we know
   ours-compiled         our kernels, as registered ops, with model and tokenizer under torch.compile
   ours-compiled-graphs  the same with the model's passes as CUDA graphs (mode="reduce-overhead")
-  original              benchmarks/original_step.py: the original's step as its users run it (float16 autocast, scaler)
+  original              benchmarks/speed/original_step.py: the original's step as its users run it (float16 autocast, scaler)
 
 Targets are codes of DALL-E's encoder (random weights, published size). Every variant runs in a process of its own, one
 after the other, and measures the device's ceilings too (a copy, and a product of the step's own shape). Synthetic data:
@@ -39,21 +39,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from original_step import OriginalStep, boolean_mask
 from PIL import Image
-from record import earlier_rows, record, save, settled
-from step_parts import PARTS, step_parts
-from timing import copy_bandwidth, product_rate
-from torch_adamw import TorchAdamW
 
-from cae_fast.commands.pretrain import Job, make_inputs, micro_batches, prepare, train_step
+from benchmarks.record import earlier_rows, record, save, settled
+from benchmarks.speed.original_step import OriginalStep, boolean_mask
+from benchmarks.speed.step_parts import PARTS, step_parts
+from benchmarks.speed.timing import copy_bandwidth, product_rate
+from benchmarks.speed.torch_adamw import TorchAdamW
+from cae_fast.commands.pretrain import Job, make_inputs, micro_batches, prepare
 from cae_fast.config import PretrainConfig
 from cae_fast.cost.devices import device_peak_flops
 from cae_fast.data.loader import Batch
+from cae_fast.files import write_safetensors
 from cae_fast.models.dalle import DalleEncoder
 from cae_fast.models.flops import pretraining_flops
-from cae_fast.training.checkpoint import write_safetensors
 from cae_fast.training.distributed import World
+from cae_fast.training.ending import StopRequest
 from cae_fast.training.inputs import inputs_ahead
 from cae_fast.training.setup import choose_device
 
@@ -124,7 +125,7 @@ def in_own_process(asked: dict[str, Any], limit: float) -> dict[str, Any]:
     kernels = {} if asked["variant"].startswith("ours") else {"CAE_KERNELS": "all=reference"}
     # A folder of its own beside the given one: a cache of other programs holds kernels' plain names.
     cache = {"TRITON_CACHE_DIR": str(Path(os.environ.get("TRITON_CACHE_DIR", asked["folder"])) / "named")}
-    command = [sys.executable, str(Path(__file__).resolve()), "--child", json.dumps(asked)]
+    command = [sys.executable, "-m", "benchmarks.speed.train_step", "--child", json.dumps(asked)]
     try:
         done = subprocess.run(command, env=os.environ | kernels | cache, capture_output=True, text=True, timeout=limit)
     except subprocess.TimeoutExpired:
@@ -190,7 +191,7 @@ def make_job(asked: dict[str, Any]) -> Job:
     config.train.precision = "bfloat16" if torch.cuda.is_available() else "float32"
     config.train.max_steps = asked["warmup"] + asked["steps"] + PROFILED
     config.log.tensorboard = False
-    return prepare(config, World(), choose_device(config.train))
+    return prepare(config, World(), choose_device(config.train), StopRequest())
 
 
 def small_images(folder: Path, count: int) -> Path:

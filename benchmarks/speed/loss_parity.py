@@ -1,6 +1,6 @@
 """Do the fused kernels train as plain torch does? Loss curves of three paths from the same seeds on bundled images.
 
-    python benchmarks/loss_parity.py --json loss_parity.json --png loss_parity.png
+    python -m benchmarks.speed.loss_parity --json loss_parity.json --png loss_parity.png
 
   float32     plain torch in float32, what the others are held against
   plain bf16  plain torch in bfloat16
@@ -21,12 +21,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from record import earlier, record, save
-from train_step import write_tokenizer
 
-from cae_fast.commands.pretrain import make_inputs, micro_batches, prepare, train_step
+from benchmarks.record import earlier, record, save
+from benchmarks.speed.train_step import write_tokenizer
+from cae_fast.commands.pretrain import make_inputs, micro_batches, prepare
 from cae_fast.config import PretrainConfig
 from cae_fast.training.distributed import World
+from cae_fast.training.ending import StopRequest
 from cae_fast.training.inputs import inputs_ahead
 from cae_fast.training.optim import scheduled_lr
 from cae_fast.training.setup import choose_device
@@ -98,7 +99,7 @@ def train_path(path: str, seed: int, steps: int) -> list[float]:
     try:
         with tempfile.TemporaryDirectory() as folder:
             config = settings(Path(folder), precision, seed, steps)
-            job = prepare(config, World(), choose_device(config.train))
+            job = prepare(config, World(), choose_device(config.train), StopRequest())
             losses = []
             with closing(micro_batches(job)) as batches:
                 for inputs, _ in inputs_ahead(batches, partial(make_inputs, job), job.device):

@@ -1,4 +1,4 @@
-"""The section of benchmarks/README.md that needs no GPU: what benchmarks/static.py counted, as tables."""
+"""The section of benchmarks/README.md that needs no GPU: what benchmarks/counted/static.py counted, as tables."""
 
 import textwrap
 from collections.abc import Iterable

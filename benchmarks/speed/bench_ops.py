@@ -1,4 +1,4 @@
-"""Every backend of every op through pytest-benchmark: pytest benchmarks/bench_ops.py --benchmark-columns=median,iqr
+"""Every backend of every op through pytest-benchmark: pytest benchmarks/speed/bench_ops.py --benchmark-columns=median,iqr
 
 An item fails, without a time, where its outputs or gradients are not the plain torch reference's. CAE_BENCH_SHAPES
 chooses shapes (ViT-B, ViT-L, ViT-H, tiny; separated by commas); without it all but tiny, or tiny on a CPU.
@@ -6,9 +6,10 @@ chooses shapes (ViT-B, ViT-L, ViT-H, tiny; separated by commas); without it all 
 
 import os
 
-import ops
 import pytest
 import torch
+
+from benchmarks.speed import ops
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32

@@ -1,6 +1,6 @@
 """Time per 1,000 block-wise masks: the original's law in Python, the torch reference, and the Triton kernel on a GPU.
 
-    python benchmarks/masks.py --json masks.json
+    python -m benchmarks.loading.masks --json masks.json
 
 Milliseconds of wall time on one core (median of interleaved repeats). The kernel must give the reference's masks.
 """
@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from record import earlier, record, save
 
+from benchmarks.record import earlier, record, save
 from cae_kernels import block_mask
 
 COUNT = 1000

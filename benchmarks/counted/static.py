@@ -1,11 +1,11 @@
 """Launches, bytes and FLOPs of ops and whole steps, ours against eager PyTorch and torch.compile, without a GPU.
 
-    python benchmarks/static.py --json benchmarks/results/static.json        # minutes, a few GB of memory
+    python -m benchmarks.counted.static --json benchmarks/results/static.json        # minutes, a few GB of memory
 
   ours      our ops as registered ops: what they read and write; inner launches by their files
   eager     the plain torch reference, op by op
   compiled  what Inductor's scheduler would launch for the reference on an H100
-  original  (steps) benchmarks/original_step.py under float16 autocast
+  original  (steps) benchmarks/speed/original_step.py under float16 autocast
 
 Nothing is computed: tensors are fake, at the real shapes of ViT-L at batch 256 and ViT-H at batch 128. An op's inputs
 are read once and its results written once, so these are the least bytes of each way of cutting the work into kernels;
@@ -24,16 +24,16 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import ops
 import torch
-from count_compiled import count
-from count_launches import Launches, as_on_a_gpu
-from original_step import OriginalCAE, OriginalTokenizer
-from record import record, save
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch_adamw import TorchAdamW
 
+from benchmarks.counted.count_compiled import count
+from benchmarks.counted.count_launches import Launches, as_on_a_gpu
+from benchmarks.record import record, save
+from benchmarks.speed import ops
+from benchmarks.speed.original_step import OriginalCAE, OriginalTokenizer
+from benchmarks.speed.torch_adamw import TorchAdamW
 from cae_fast.config import ModelConfig, OptimConfig
 from cae_fast.cost.devices import DEVICES
 from cae_fast.models.cae import ContextAutoencoder
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def count_ops(shape: str, text: str = "") -> list[dict[str, Any]]:
-    """A row for each case of benchmarks/ops.py in bfloat16: forward and backward pass for each way."""
+    """A row for each case of benchmarks/speed/ops.py in bfloat16: forward and backward pass for each way."""
     rows = []
     with FakeTensorMode():
         torch.manual_seed(0)

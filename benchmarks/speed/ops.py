@@ -1,8 +1,8 @@
 """Time every op's backends side by side, at the shapes of ViT-B, L and H; refuse to time what is not correct.
 
-    python benchmarks/ops.py                           # a GPU: bfloat16, real shapes; a CPU: float32, tiny shapes
-    python benchmarks/ops.py -k attention --json out.json
-    python benchmarks/ops.py --shapes ViT-L --batches 32 64 128 256
+    python -m benchmarks.speed.ops                           # a GPU: bfloat16, real shapes; a CPU: float32, tiny shapes
+    python -m benchmarks.speed.ops -k attention --json out.json
+    python -m benchmarks.speed.ops --shapes ViT-L --batches 32 64 128 256
 
 Each row is one backend of one op: median milliseconds of the forward and of the backward pass and half their spread
 (10th to 90th percentile), bytes that must move over that time in GB/s and as a share of the copy bandwidth measured in
@@ -10,7 +10,7 @@ the same run, TFLOP/s of the reference's matrix products, the ratio to the plain
 least possible time (the longer of bytes at copy bandwidth and FLOPs at the rate of a linear layer's product, both
 measured in the same run) has in both passes, and peak memory. On a GPU passes are replayed as CUDA graphs (or the row
 says why not), with inputs rotated past the L2 cache. A backend that leaves the GPU unusable is recorded as failed, and
-a new process goes on behind it. `pytest benchmarks/bench_ops.py` shows the same through pytest-benchmark.
+a new process goes on behind it. `pytest benchmarks/speed/bench_ops.py` shows the same through pytest-benchmark.
 """
 
 # B batch, N patches, n tokens, D width, H heads, C head width, V codes.
@@ -29,11 +29,11 @@ from typing import Any
 
 import torch
 import torch._functorch.config as functorch_config
-from record import device_lost, earlier_rows, record, save, settled, start_again
-from timing import copies_past_cache, copy_bandwidth, graphed, product_rate, time_ms
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.record import device_lost, earlier_rows, record, save, settled, start_again
+from benchmarks.speed.timing import copies_past_cache, copy_bandwidth, graphed, product_rate, time_ms
 from cae_kernels import (
     alignment_loss,
     attention,

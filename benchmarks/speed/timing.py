@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from record import L2_BYTES
 from torch import Tensor
+
+from benchmarks.record import L2_BYTES
 
 MOST_COPIES = 8
 
