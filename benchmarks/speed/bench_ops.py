@@ -1,4 +1,4 @@
-"""Every backend of every op through pytest-benchmark: pytest benchmarks/speed/bench_ops.py --benchmark-columns=median,iqr
+"""Every backend of every op, for pytest-benchmark: pytest benchmarks/speed/bench_ops.py --benchmark-columns=median,iqr
 
 An item fails, without a time, where its outputs or gradients are not the plain torch reference's. CAE_BENCH_SHAPES
 chooses shapes (ViT-B, ViT-L, ViT-H, tiny; separated by commas); without it all but tiny, or tiny on a CPU.

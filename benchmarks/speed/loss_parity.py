@@ -102,9 +102,10 @@ def train_path(path: str, seed: int, steps: int) -> list[float]:
             job = prepare(config, World(), choose_device(config.train), StopRequest())
             losses = []
             with closing(micro_batches(job)) as batches:
-                for inputs, _ in inputs_ahead(batches, partial(make_inputs, job), job.device):
-                    lr = scheduled_lr(len(losses), job.plan.steps_per_epoch, job.config.optim)
-                    losses.append(train_step(job, inputs, lr)["loss"])
+                for inputs, _ in inputs_ahead(batches, partial(make_inputs, job), job.run.device):
+                    step = len(losses)
+                    lr = scheduled_lr(step, job.run.plan.steps_per_epoch, job.run.config.optim)
+                    losses.append(take_step(job, inputs, step, lr)["loss"])
             return torch.stack(losses).tolist()
     finally:
         os.environ.pop("CAE_KERNELS", None)

@@ -1,7 +1,7 @@
 """Cost of encoding with DALL-E's encoder (random weights, published size), one improvement after the other.
 
   python -m benchmarks.speed.tokenizer --batch 256            # on a GPU
-  python -m benchmarks.speed.tokenizer --batch 4 --steps 3    # on a CPU, where float16 is left out: it is emulated there
+  python -m benchmarks.speed.tokenizer --batch 4 --steps 3    # on a CPU, without float16: it is emulated there
 
 Columns: ms for the batch (median), images/s, GFLOP per image, GB that convolutions and last layer read and write for
 the batch, peak memory in GB above the weights (CUDA only), and the share of codes that equals those of the first row.

@@ -10,7 +10,7 @@
   compiled              the reference with model and tokenizer under torch.compile: the strongest plain torch we know
   ours-compiled         our kernels, as registered ops, with model and tokenizer under torch.compile
   ours-compiled-graphs  the same with the model's passes as CUDA graphs (mode="reduce-overhead")
-  original              benchmarks/speed/original_step.py: the original's step as its users run it (float16 autocast, scaler)
+  original              original_step.py: the original's step as its users run it (float16 autocast and scaler)
 
 Targets are codes of DALL-E's encoder (random weights, published size). Every variant runs in a process of its own, one
 after the other, and measures the device's ceilings too (a copy, and a product of the step's own shape). Synthetic data:
@@ -151,7 +151,7 @@ def write_tokenizer(folder: Path, model: str) -> Path:
 def measure_variant(asked: dict[str, Any]) -> dict[str, Any]:
     """Everything about one variant; runs in its own process."""
     job = make_job(asked)
-    device = job.device
+    device = job.run.device
     name_kernels()
     facts = describe(job)
     ceilings = {"copy": copy_bandwidth(device, 0.1), "product": product_rate(device, 0.1)}
@@ -214,7 +214,7 @@ def name_kernels() -> None:
 
 def describe(job: Job) -> dict[str, Any]:
     flops = pretraining_flops(job.model, job.num_masked)
-    name = torch.cuda.get_device_name() if job.device.type == "cuda" else "cpu"
+    name = torch.cuda.get_device_name() if job.run.device.type == "cuda" else "cpu"
     tokenizer = job.targets.encode_flops(job.model.encoder.grid, job.num_masked)
     return {"flops_model": flops, "flops_all": flops + tokenizer, "peak_flops": device_peak_flops(name)}
 
@@ -231,7 +231,7 @@ def synthetic(job: Job, batch: int, steps: int) -> Iterator[list[Batch]]:
             for side in (job.model.shape.image_size, token_size)
         )
         made = Batch(images, token_images, *job.mask(positions), positions, positions)
-        pool.append(made.pin_memory() if job.device.type == "cuda" else made)
+        pool.append(made.pin_memory() if job.run.device.type == "cuda" else made)
     turns = cycle(pool)
     for _ in range(steps):
         yield [next(turns)]
@@ -252,10 +252,10 @@ def make_steps(job: Job, variant: str) -> StepsOf:
     annotate_optimizer(job)
 
     def steps_of(batches: Iterator[list[Batch]]) -> Iterator[Any]:
-        for inputs, _ in inputs_ahead(batches, partial(make_inputs, job), job.device):
+        for inputs, _ in inputs_ahead(batches, partial(make_inputs, job), job.run.device):
             if graphs:  # what the graphs of the step before returned may be overwritten
                 torch.compiler.cudagraph_mark_step_begin()
-            yield train_step(job, inputs, LR)
+            yield take_step(job, inputs, 0, LR)
 
     return steps_of
 
@@ -272,14 +272,14 @@ def annotate_optimizer(job: Job) -> None:
 
 
 def original_steps(job: Job) -> StepsOf:
-    original = OriginalStep(job.model.cpu(), job.targets.encoder, job.config.optim, job.device)
+    original = OriginalStep(job.model.cpu(), job.targets.encoder, job.run.config.optim, job.run.device)
     job.engine = None  # its memory is not the original's
     gc.collect()
     torch.cuda.empty_cache()
 
     def steps_of(batches: Iterator[list[Batch]]) -> Iterator[Any]:
         for (batch,) in batches:
-            batch = batch.to(job.device)
+            batch = batch.to(job.run.device)
             masked = boolean_mask(batch.masked_ids, job.model.encoder.grid**2)
             labels = original.labels(batch.token_images, masked)
             yield original(job.normalize(batch.images), masked, labels, LR)

@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from benchmarks.learning import proof_of_learning as proof
+from benchmarks.learning.cluttered_set import compose
 
 
 @pytest.mark.slow
@@ -22,7 +23,7 @@ def test_pretraining_beats_random_weights(tmp_path):
 
 
 def test_a_stopped_pretraining_is_not_probed(tmp_path, monkeypatch):
-    monkeypatch.setattr("cae_fast", lambda arguments: 0)  # as after SIGTERM, which is a success
+    monkeypatch.setattr(proof, "cae_fast", lambda arguments: 0)  # as after SIGTERM, which is a success
     proof.run(["pretrain"], tmp_path)
     (tmp_path / "stopped.json").touch()
     with pytest.raises(InterruptedError, match="stopped"):
@@ -46,7 +47,6 @@ def test_missed_thresholds_are_named():
 
 
 def test_cluttered_images_show_a_garment_on_a_photograph():
-    compose = importlib.import_module("cluttered_set").compose
     garment = np.zeros((28, 28), np.uint8)
     garment[8:20, 8:20] = 200
     photograph = np.full((100, 120, 3), 7, np.uint8)
