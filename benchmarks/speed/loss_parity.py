@@ -24,7 +24,7 @@ import torch
 
 from benchmarks.record import earlier, record, save
 from benchmarks.speed.train_step import write_tokenizer
-from cae_fast.commands.pretrain import make_inputs, micro_batches, prepare
+from cae_fast.commands.pretrain import make_inputs, micro_batches, prepare, take_step
 from cae_fast.config import PretrainConfig
 from cae_fast.training.distributed import World
 from cae_fast.training.ending import StopRequest

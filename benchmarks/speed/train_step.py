@@ -46,7 +46,7 @@ from benchmarks.speed.original_step import OriginalStep, boolean_mask
 from benchmarks.speed.step_parts import PARTS, step_parts
 from benchmarks.speed.timing import copy_bandwidth, product_rate
 from benchmarks.speed.torch_adamw import TorchAdamW
-from cae_fast.commands.pretrain import Job, make_inputs, micro_batches, prepare
+from cae_fast.commands.pretrain import Job, make_inputs, micro_batches, prepare, take_step
 from cae_fast.config import PretrainConfig
 from cae_fast.cost.devices import device_peak_flops
 from cae_fast.data.loader import Batch
