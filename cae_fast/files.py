@@ -4,19 +4,23 @@ import hashlib
 import json
 import logging
 import os
+import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from cae_fast import __version__
 from cae_fast.config import UserError
 
 log = logging.getLogger(__name__)
+DIGEST = "cae_fast_sha256"
 
 
 @contextmanager
@@ -62,9 +66,23 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    """Tensors, with `facts` (JSON) and a digest of the tensors in the header."""
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {"format": "pt", "cae_fast": json.dumps(facts), DIGEST: digest(whole)}
     with replacing(path) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+        save_file(whole, temporary, metadata)
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, types, shapes and bytes, in the order of the names."""
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        if tensor.numel():
+            total.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return total.hexdigest()
 
 
 def append(path: Path, text: str) -> None:
@@ -94,12 +112,50 @@ def file_sha256(path: str | Path) -> str:
 
 
 def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What our header says ({} in other files) and the tensors. UserError where it is no safetensors file."""
+    """What our header says ({} in other files) and the tensors.
+
+    Raises UserError where it is no safetensors file, a damaged one of ours, or one of a newer version than this.
+    """
+    with opened(path) as file:
+        metadata = file.metadata() or {}
+        facts = read_facts(path, metadata)
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if DIGEST in metadata and metadata[DIGEST] != digest(tensors):
+        raise UserError(f"{path}: damaged: its weights are not those that were written")
+    return facts, tensors
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """What our header says, {} in other files; the weights are not read. UserError as `read_weights`."""
+    with opened(path) as file:
+        return read_facts(path, file.metadata() or {})
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A safetensors file. UserError where it is none, or cannot be read."""
     if not path.is_file():
         raise UserError(f"{path}: there is no such file")
     try:
         with safe_open(path, framework="pt") as file:
-            facts = json.loads((file.metadata() or {}).get("cae_fast", "{}"))
-            return facts, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a safetensors file ({error})") from error
+            yield file
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: not a safetensors file ({printable(str(error))})") from error
+
+
+def read_facts(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The facts in a header. UserError where they are no object, or of a newer version of cae_fast."""
+    facts = json.loads(metadata.get("cae_fast", "{}"))
+    if not isinstance(facts, dict):
+        raise UserError(f"{path}: its header is none of cae_fast's")
+    written, own = (re.findall(r"\d+", str(version)) for version in (facts.get("version", "0"), __version__))
+    if [int(number) for number in written[:3]] > [int(number) for number in own[:3]]:
+        raise UserError(f"{path} was written by cae_fast {facts['version']}, newer than this {__version__}: update it")
+    return facts
+
+
+def printable(text: str, limit: int = 300) -> str:
+    """One line of a foreign text, without control characters."""
+    return "".join(c if c.isprintable() else " " for c in " ".join(text.split()))[:limit]

@@ -189,7 +189,7 @@ def finish(job: "Job", result: dict[str, Any]) -> int:
     task, step = job.task, job.run.last_step
     facts = {"config": asdict(task.config), "encoder": task.encoder_sha256, "version": __version__, "step": step}
     classifier = task.run_dir / "classifier.safetensors"
-    write_safetensors(classifier, job.optimizer.weights(), {"format": "pt", "cae_fast": json.dumps(facts)})
+    write_safetensors(classifier, job.optimizer.weights(), facts)
     save_curves(task.run_dir / "metrics.jsonl", task.run_dir / "curves.png")
     return report(task, result, step)
 

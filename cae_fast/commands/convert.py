@@ -70,7 +70,7 @@ def convert_dalle(args: argparse.Namespace) -> int:
         sources[part] = {"file": Path(file).name, "sha256": file_sha256(file)}
     tokenizer = make_tokenizer(state, args.files)
     facts = {"kind": "dalle", "sizes": sizes(tokenizer), "sources": sources, "version": __version__}
-    write_safetensors(out, state, {"format": "pt", "cae_fast": json.dumps(facts)})
+    write_safetensors(out, state, facts)
     for part, source in sources.items():
         print(f"{part}: {source['file']}, SHA-256 {source['sha256']}")
     print(f"{out}: {json.dumps(facts['sizes'])}, SHA-256 {file_sha256(out)}")

@@ -187,13 +187,12 @@ def check(path: Path, state: dict[str, Tensor], facts: dict[str, Any]) -> ModelS
 
 
 def write(out: Path, to: str, state: dict[str, Tensor], facts: dict[str, Any], shape: ModelShape) -> None:
-    header = {"format": "pt", "cae_fast": json.dumps(facts)}
     if to == "huggingface":
         if shape.embed_dim % shape.num_heads:
             raise UserError(
                 f"timm's VisionTransformer cannot have {shape.num_heads} heads in a width of {shape.embed_dim}"
             )
-        write_safetensors(out / "model.safetensors", encoder_for_timm(state), header)
+        write_safetensors(out / "model.safetensors", encoder_for_timm(state), facts)
         write_folder(out, state, facts, shape)
         return
     if to == "encoder":
@@ -203,7 +202,7 @@ def write(out: Path, to: str, state: dict[str, Tensor], facts: dict[str, Any], s
     elif to in ORIGINAL:
         state = to_layout(state, ORIGINAL[to])
     if out.suffix == ".safetensors":
-        write_safetensors(out, state, header)
+        write_safetensors(out, state, facts)
         return
     # The original's strict loading wants its copies of the encoder; they share its bytes.
     copies = {n: t for n, t in state.items() if to in ORIGINAL and n.startswith("encoder.")}

@@ -250,6 +250,7 @@ def prepare(config: PretrainConfig, world: World, device: torch.device, stop: St
         flops_per_image=flops,
         start_step=start_step,
         stop=stop,
+        published=("model.safetensors", "encoder.safetensors"),
     )
     return Job(
         run=run,

@@ -35,7 +35,7 @@ from cae_fast.models.dvae import (
     DiscreteVAE,
     DvaeOutput,
     cosine_ramp,
-    dvae_metadata,
+    dvae_facts,
     resolve_tokenizer,
     training_flops,
 )
@@ -188,7 +188,7 @@ def tokenizer_file(model: DiscreteVAE, state: dict[str, Tensor], facts: dict[str
     """What writes tokenizer.safetensors of a training state."""
     path = Path(facts["config"]["train"]["run_dir"]) / "tokenizer.safetensors"
     weights = {name: tensor.cpu() for name, tensor in consolidated(model, state).items()}
-    header = dvae_metadata(model.config, {name: value for name, value in facts.items() if name != "config"})
+    header = dvae_facts(model.config, {name: value for name, value in facts.items() if name != "config"})
     return lambda: write_safetensors(path, weights, header)
 
 
@@ -297,6 +297,7 @@ def prepare(config: TrainTokenizerConfig, stop: StopRequest) -> Job:
         flops_per_image=training_flops(model.config),
         start_step=start_step,
         stop=stop,
+        published=("tokenizer.safetensors",),
     )
     return Job(run=run, model=model, engine=engine, open_loader=open_loader, use=CodeUse(model.num_codes, device))
 

@@ -6,7 +6,6 @@ convolution; the decoder mirrors it. Inputs have mean and standard deviation 0.5
 B batch, S image side, G = S / 8, N = G^2 positions, Nm masked, C width, V codes, E code_dim.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
@@ -276,9 +275,9 @@ def training_flops(config: TokenizerConfig) -> int:
     return 3 * (parts["encoder"] + parts["head"] + parts["decoder"]) - parts["stem"] + quantizer
 
 
-def dvae_metadata(config: TokenizerConfig, facts: Mapping[str, Any]) -> dict[str, str]:
-    """The header of a tokenizer file: its kind and settings, and `facts` (JSON) about its training."""
-    return {"format": "pt", "cae_fast": json.dumps({"kind": "dvae", **asdict(config), **facts})}
+def dvae_facts(config: TokenizerConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The header of a tokenizer file: its kind and settings, and `facts` about its training."""
+    return {"kind": "dvae", **asdict(config), **facts}
 
 
 def load_dvae(path: str) -> DiscreteVAE:

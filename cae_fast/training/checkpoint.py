@@ -5,7 +5,6 @@ RUN/model.safetensors                       everything, float32, our names
 RUN/encoder.safetensors                     what timm's VisionTransformer loads
 """
 
-import json
 import logging
 import re
 import threading
@@ -15,8 +14,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from cae_fast.config import UserError
@@ -40,7 +38,7 @@ def save_state(run_dir: Path, step: int, state: dict[str, Tensor], facts: dict[s
     `facts` is JSON that `load_state` gives back: step, configuration, data fingerprint.
     """
     path = run_dir / FOLDER / f"step_{step:08d}.safetensors"
-    write_safetensors(path, state, {"cae_fast": json.dumps(facts)})
+    write_safetensors(path, state, facts)
     for old_step, old in state_files(run_dir):
         if old_step < step and old_step not in keep:
             old.unlink()
@@ -48,26 +46,35 @@ def save_state(run_dir: Path, step: int, state: dict[str, Tensor], facts: dict[s
 
 
 def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors on the CPU, and the facts. Raises UserError for a file that is not one of ours."""
-    facts = load_facts(path)
-    return load_file(path), facts
+    """Tensors on the CPU, and the facts. Raises UserError for a file that is damaged or not one of ours."""
+    facts, state = read_weights(path)
+    if "step" not in facts or "config" not in facts:
+        raise UserError(f"{path} is not a training state of cae_fast")
+    return state, facts
 
 
-def load_facts(path: Path) -> dict[str, Any]:
-    """What `save_state` was told besides the tensors. Raises UserError for a file that is not one of ours."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return json.loads((file.metadata() or {})["cae_fast"])
-    except (SafetensorError, KeyError, OSError) as error:
-        raise UserError(f"{path} is not a training state of cae_fast: {error}") from error
+def newest_whole(run_dir: Path) -> Path | None:
+    """The newest training state that is whole, with a line for every newer one that is not; None without states.
+
+    Raises UserError where there are states and none is whole.
+    """
+    states = state_files(run_dir)
+    for step, path in reversed(states):
+        try:
+            load_state(path)
+            return path
+        except UserError as error:
+            log.warning("the state of step %d cannot be used: %s", step, error)
+    if states:
+        raise UserError(f"none of the {len(states)} training states in {run_dir / FOLDER} can be used; see above")
+    return None
 
 
 def save_model(run_dir: Path, model_state: dict[str, Tensor], facts: dict[str, Any]) -> None:
     """Write model.safetensors and encoder.safetensors; `facts` (JSON) describe the model in their headers."""
     cpu = {name: tensor.cpu() for name, tensor in model_state.items()}
-    metadata = {"format": "pt", "cae_fast": json.dumps(facts)}
-    write_safetensors(run_dir / "model.safetensors", cpu, metadata)
-    write_safetensors(run_dir / "encoder.safetensors", encoder_for_timm(cpu), metadata)
+    write_safetensors(run_dir / "model.safetensors", cpu, facts)
+    write_safetensors(run_dir / "encoder.safetensors", encoder_for_timm(cpu), facts)
 
 
 def consolidated(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:

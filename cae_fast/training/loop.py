@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from cae_fast import __version__
-from cae_fast.config import RunConfig
+from cae_fast.config import RunConfig, UserError
 from cae_fast.data.sampling import SamplingPlan
+from cae_fast.files import read_header
 from cae_fast.training.checkpoint import Saver, save_state
 from cae_fast.training.distributed import World
 from cae_fast.training.ending import (
@@ -66,6 +67,8 @@ class Run(Generic[Config]):
     """Forward and backward pass, 2 per multiply-add."""
     start_step: int
     stop: StopRequest
+    published: tuple[str, ...] = ()
+    """Files for others, written with every checkpoint."""
     saver: Saver = field(init=False)
 
     def __post_init__(self) -> None:
@@ -141,7 +144,8 @@ def run_steps(
             if verdict == STOP:
                 break
 
-        if verdict != STOP_DIVERGED and saved != step:
+        # The files for others may be older than the state: something ended this program between them.
+        if verdict != STOP_DIVERGED and (saved != step or not world.on_main(lambda: is_published(run, step))):
             save(run, monitor, step, publish)
         world.on_main(run.saver.wait)
 
@@ -152,6 +156,18 @@ def run_steps(
     if verdict == STOP and step < run.last_step:
         return world.on_main(lambda: stopped(run.run_dir, step, run.stop.requested or "a signal to another process"))
     return None
+
+
+def is_published(run: Run, step: int) -> bool:
+    """Whether the files for others are those of this step. Called when they should be: waits for what is written."""
+    run.saver.wait()
+    for path in (run.run_dir / name for name in run.published):
+        try:
+            if read_header(path).get("step") != step:
+                return False
+        except UserError:
+            return False
+    return True
 
 
 def save(run: Run, monitor: Monitor | None, step: int, publish: Publish | None) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 
 from cae_fast.config import RunConfig, UserError
-from cae_fast.training.checkpoint import load_facts, load_model_weights, load_state, state_files
+from cae_fast.files import read_header
+from cae_fast.training.checkpoint import load_model_weights, load_state, newest_whole, state_files
 from cae_fast.training.loop import Trained
 
 log = logging.getLogger(__name__)
@@ -36,12 +37,12 @@ def newest_state(config: RunConfig) -> Path | None:
             f"train.run_dir {config.train.run_dir} holds a run at step {states[-1][0]} and train.resume is never: "
             "choose another train.run_dir"
         )
-    return states[-1][1] if states else None
+    return newest_whole(Path(config.train.run_dir))
 
 
 def first_backend(path: Path | None) -> str | None:
     """The data.backend of a training state's run; None without one."""
-    return None if path is None else load_facts(path)["config"]["data"].get("backend")
+    return None if path is None else read_header(path)["config"]["data"].get("backend")
 
 
 def resume(config: RunConfig, trained: Trained, path: Path, facts_now: dict[str, Any]) -> int:

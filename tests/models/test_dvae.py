@@ -13,11 +13,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cae_fast.config import TokenizerConfig, UserError
 from cae_fast.data.bundled import bundled_path
+from cae_fast.files import write_safetensors
 from cae_fast.models.dvae import (
     DiscreteVAE,
     cosine_ramp,
+    dvae_facts,
     dvae_flops,
-    dvae_metadata,
     load_dvae,
     logit_laplace_loss,
     resolve_tokenizer,
@@ -228,7 +229,7 @@ def test_a_loaded_tokenizer_gives_the_same_codes_and_pictures(quantizer, tmp_pat
     dvae(images, 1.0, 0.0)
     path = tmp_path / "tokenizer.safetensors"
     state = {name: tensor.contiguous() for name, tensor in dvae.state_dict().items()}
-    save_file(state, path, dvae_metadata(dvae.config, {"step": 7}))
+    write_safetensors(path, state, dvae_facts(dvae.config, {"step": 7}))
     loaded = load_dvae(str(path))
     dvae.eval()
     assert loaded.config == dvae.config
@@ -249,7 +250,7 @@ def test_files_that_are_no_tokenizer(tmp_path):
     save_file({"a": torch.zeros(1)}, path, {"cae_fast": json.dumps({"kind": "dalle"})})
     with pytest.raises(UserError, match="its kind is dalle"):
         load_dvae(str(path))
-    save_file({"a": torch.zeros(1)}, path, dvae_metadata(config(), {}))
+    write_safetensors(path, {"a": torch.zeros(1)}, dvae_facts(config(), {}))
     with pytest.raises(UserError, match="does not fit its own header"):
         load_dvae(str(path))
 

@@ -11,9 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cae_fast.cli import main
 from cae_fast.config import TargetConfig, TokenizerConfig, UserError
-from cae_fast.files import file_sha256
+from cae_fast.files import file_sha256, write_safetensors
 from cae_fast.models.dalle import DalleDecoder, DalleEncoder, DalleTokenizer
-from cae_fast.models.dvae import DiscreteVAE, dvae_metadata, resolve_tokenizer
+from cae_fast.models.dvae import DiscreteVAE, dvae_facts, resolve_tokenizer
 from cae_fast.models.targets import PixelTargets, load_tokenizer, make_encode, make_targets
 from cae_fast.training.checkpoint import load_state, state_files
 
@@ -177,7 +177,7 @@ def test_a_dvae_plugs_in(tmp_path):
     config = resolve_tokenizer(TokenizerConfig(width=8, num_blocks=1, num_codes=32, image_size=32))
     model = DiscreteVAE(config).eval()
     path = tmp_path / "dvae.safetensors"
-    save_file(model.state_dict(), path, dvae_metadata(config, {}))
+    write_safetensors(path, model.state_dict(), dvae_facts(config, {}))
     tokenizer = load_tokenizer(str(path))
     images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
     ids = torch.arange(16).expand(2, -1)
