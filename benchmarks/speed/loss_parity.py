@@ -27,7 +27,6 @@ from benchmarks.speed.train_step import write_tokenizer
 from cae_fast.commands.pretrain import make_inputs, micro_batches, prepare, take_step
 from cae_fast.config import PretrainConfig
 from cae_fast.training.distributed import World
-from cae_fast.training.ending import StopRequest
 from cae_fast.training.inputs import inputs_ahead
 from cae_fast.training.optim import scheduled_lr
 from cae_fast.training.setup import choose_device
@@ -99,7 +98,7 @@ def train_path(path: str, seed: int, steps: int) -> list[float]:
     try:
         with tempfile.TemporaryDirectory() as folder:
             config = settings(Path(folder), precision, seed, steps)
-            job = prepare(config, World(), choose_device(config.train), StopRequest())
+            job = prepare(config, World(), choose_device(config.train))
             losses = []
             with closing(micro_batches(job)) as batches:
                 for inputs, _ in inputs_ahead(batches, partial(make_inputs, job), job.run.device):

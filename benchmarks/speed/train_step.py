@@ -54,7 +54,6 @@ from cae_fast.files import write_safetensors
 from cae_fast.models.dalle import DalleEncoder
 from cae_fast.models.flops import pretraining_flops
 from cae_fast.training.distributed import World
-from cae_fast.training.ending import StopRequest
 from cae_fast.training.inputs import inputs_ahead
 from cae_fast.training.setup import choose_device
 
@@ -191,7 +190,7 @@ def make_job(asked: dict[str, Any]) -> Job:
     config.train.precision = "bfloat16" if torch.cuda.is_available() else "float32"
     config.train.max_steps = asked["warmup"] + asked["steps"] + PROFILED
     config.log.tensorboard = False
-    return prepare(config, World(), choose_device(config.train), StopRequest())
+    return prepare(config, World(), choose_device(config.train))
 
 
 def small_images(folder: Path, count: int) -> Path:

@@ -20,6 +20,7 @@ from collections.abc import Generator
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,8 +43,8 @@ from cae_fast.files import write_safetensors, write_text
 from cae_fast.models.flops import block_flops
 from cae_fast.models.vit import drop_path_rates
 from cae_fast.training.distributed import joined, read_world
-from cae_fast.training.ending import StopRequest
 from cae_fast.training.inputs import grouped, inputs_ahead
+from cae_fast.training.lock import locked
 from cae_fast.training.loop import Run, run_steps
 from cae_fast.training.monitor import drop_steps_after
 from cae_fast.training.pictures import save_curves
@@ -66,10 +67,12 @@ def run(args: argparse.Namespace) -> int:
     config.head.kind = args.head
     world = read_world()
     device = choose_device(config.train, world.local_rank)
-    if args.head not in HEADS:
-        return knn(prepare_task(config, world, device))
-    with StopRequest() as stop, joined(world, device, config.train.timeout_seconds, alone=True):
-        return train(prepare(prepare_task(config, world, device), stop))
+    with (
+        joined(world, device, config.train.timeout_seconds, alone=True),
+        locked(Path(config.train.run_dir), world.main),
+    ):
+        task = prepare_task(config, world, device)
+        return train(prepare(task)) if args.head in HEADS else knn(task)
 
 
 def train(job: "Job") -> int:
@@ -226,7 +229,7 @@ class Job:
     """What the head reads of every training image, (M, n, D), and the labels (M,), on the CPU."""
 
 
-def prepare(task: Task, stop: StopRequest) -> Job:
+def prepare(task: Task) -> Job:
     """Make head and optimizer, encode the images if asked, and load what the run folder holds."""
     config, encoder, world = task.config, task.encoder, task.world
     state = world.on_main(lambda: newest_state(config))
@@ -262,7 +265,6 @@ def prepare(task: Task, stop: StopRequest) -> Job:
         facts=facts,
         flops_per_image=blocks * (3 if head.trains_encoder else int(cached is None)),
         start_step=start_step,
-        stop=stop,
     )
     return Job(
         run=run,

@@ -36,9 +36,9 @@ from cae_fast.models.flops import pretraining_flops
 from cae_fast.models.targets import Encode, Targets, make_encode, make_model, make_targets
 from cae_fast.training.checkpoint import consolidated, save_model
 from cae_fast.training.distributed import World, joined, read_world
-from cae_fast.training.ending import StopRequest
 from cae_fast.training.engine import PRECISIONS
 from cae_fast.training.inputs import StepInputs, grouped, inputs_ahead
+from cae_fast.training.lock import locked
 from cae_fast.training.loop import Run, run_steps
 from cae_fast.training.pictures import save_curves
 from cae_fast.training.resume import first_backend, load_weights, newest_state, resume
@@ -68,8 +68,8 @@ def run(args: argparse.Namespace) -> int:
     world = read_world()
     device = choose_device(config.train, world.local_rank)
     alone = zero_stage(config.train, world) == 0
-    with StopRequest() as stop, joined(world, device, config.train.timeout_seconds, alone):
-        return train(prepare(config, world, device, stop))
+    with joined(world, device, config.train.timeout_seconds, alone), locked(Path(config.train.run_dir), world.main):
+        return train(prepare(config, world, device))
 
 
 def train(job: "Job") -> int:
@@ -196,7 +196,7 @@ class Job:
         )
 
 
-def prepare(config: PretrainConfig, world: World, device: torch.device, stop: StopRequest) -> Job:
+def prepare(config: PretrainConfig, world: World, device: torch.device) -> Job:
     """Open the data, build the model and load what the run folder holds; UserError for settings that do not fit."""
     shape = resolve_model(config.model)
     config.model = replace(config.model, **asdict(shape))
@@ -249,7 +249,6 @@ def prepare(config: PretrainConfig, world: World, device: torch.device, stop: St
         facts=facts,
         flops_per_image=flops,
         start_step=start_step,
-        stop=stop,
         published=("model.safetensors", "encoder.safetensors"),
     )
     return Job(

@@ -42,9 +42,9 @@ from cae_fast.models.dvae import (
 from cae_fast.models.quantizers import VectorQuantizer, perplexity
 from cae_fast.training.checkpoint import consolidated
 from cae_fast.training.distributed import World, read_world
-from cae_fast.training.ending import StopRequest
 from cae_fast.training.engine import Engine
 from cae_fast.training.inputs import grouped, inputs_ahead
+from cae_fast.training.lock import locked
 from cae_fast.training.loop import Run, run_steps
 from cae_fast.training.pictures import save_curves, save_pairs
 from cae_fast.training.resume import first_backend, load_weights, newest_state, resume
@@ -67,8 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     config = load_run_config(TrainTokenizerConfig, args)
-    with StopRequest() as stop:
-        return train(prepare(config, stop))
+    with locked(Path(config.train.run_dir)):
+        return train(prepare(config))
 
 
 def train(job: "Job") -> int:
@@ -249,7 +249,7 @@ class Job:
     use: CodeUse
 
 
-def prepare(config: TrainTokenizerConfig, stop: StopRequest) -> Job:
+def prepare(config: TrainTokenizerConfig) -> Job:
     """Check every setting, open the data, build the model and load what the run folder holds."""
     config.tokenizer = resolve_tokenizer(config.tokenizer)
     check_training(config)
@@ -296,7 +296,6 @@ def prepare(config: TrainTokenizerConfig, stop: StopRequest) -> Job:
         facts=facts,
         flops_per_image=training_flops(model.config),
         start_step=start_step,
-        stop=stop,
         published=("tokenizer.safetensors",),
     )
     return Job(run=run, model=model, engine=engine, open_loader=open_loader, use=CodeUse(model.num_codes, device))

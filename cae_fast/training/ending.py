@@ -3,15 +3,19 @@
 import json
 import logging
 import signal
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 from cae_fast.files import survive_disk, write_text
 from cae_fast.training.checkpoint import state_files
 from cae_fast.training.monitor import Monitor
 
 log = logging.getLogger(__name__)
+Item = TypeVar("Item")
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGXCPU") if hasattr(signal, name)]
 GO_ON, STOP, STOP_DIVERGED = range(3)
 MAX_CONSECUTIVE_SKIPS = 10
 UNSAVED, DIVERGED = 1, 3
@@ -19,17 +23,44 @@ UNSAVED, DIVERGED = 1, 3
 STOPPED = "stopped.json"
 
 
+class Stopped(BaseException):
+    """Raised where the process waits for data when it is asked to stop; no handler of errors catches it."""
+
+
 class StopRequest:
-    """While active, SIGINT and SIGTERM set `requested` to the signal's name; a second SIGINT interrupts at once."""
+    """While active, a signal that ends a program sets `requested` to its name, to stop after the step.
+
+    SIGTERM, SIGINT, and what schedulers and closed terminals send: SIGHUP, SIGXCPU. A second SIGINT interrupts at
+    once. Outside the main thread (a notebook's, say) signals stay as they are.
+    """
 
     def __init__(self) -> None:
         self.requested = ""
         self.previous: dict[int, Any] = {}
+        self.waiting = False
 
     def __enter__(self) -> "StopRequest":
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.previous[number] = signal.signal(number, self._handle)
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                self.previous[number] = signal.signal(number, self._handle)
         return self
+
+    def until_requested(self, items: Iterator[Item], alone: bool) -> Iterator[Item]:
+        """The items, up to a request to stop that comes while one is waited for: a read may never return.
+
+        Only a process that is `alone` may end like this; of several, the others would wait for it.
+        """
+        while True:
+            try:
+                self.waiting = alone
+                if alone and self.requested:
+                    return
+                item = next(items)
+            except (StopIteration, Stopped):
+                return
+            finally:
+                self.waiting = False
+            yield item
 
     def __exit__(self, *exc: object) -> None:
         for number, handler in self.previous.items():
@@ -39,6 +70,9 @@ class StopRequest:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = signal.Signals(number).name
+        if self.waiting:
+            self.waiting = False
+            raise Stopped
 
 
 def own_verdict(monitor: Monitor | None, stop: StopRequest) -> int:

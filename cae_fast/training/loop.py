@@ -66,9 +66,9 @@ class Run(Generic[Config]):
     flops_per_image: int
     """Forward and backward pass, 2 per multiply-add."""
     start_step: int
-    stop: StopRequest
     published: tuple[str, ...] = ()
     """Files for others, written with every checkpoint."""
+    stop: StopRequest = field(default_factory=StopRequest)
     saver: Saver = field(init=False)
 
     def __post_init__(self) -> None:
@@ -120,8 +120,8 @@ def run_steps(
     inputs: for every step left its micro-batches and the seconds waited for them. All processes call this together.
     """
     world, step, saved, verdict = run.world, run.start_step, run.start_step, GO_ON
-    with run.saver, run.monitoring() as monitor, closing(inputs):
-        for micro_batches, waited in inputs:
+    with run.stop as stop, run.saver, run.monitoring() as monitor, closing(inputs):
+        for micro_batches, waited in stop.until_requested(inputs, alone=world.size == 1):
             world.beat()
             lr = scheduled_lr(step, run.plan.steps_per_epoch, run.config.optim)
 
@@ -136,7 +136,7 @@ def run_steps(
             step += 1
 
             # Processes decide together whether to go on. A diverged run keeps the checkpoints that it has.
-            verdict = world.agreed(own_verdict(monitor, run.stop))
+            verdict = world.agreed(own_verdict(monitor, stop))
             if verdict == STOP_DIVERGED:
                 break
             if step % run.checkpoint_steps == 0:
@@ -144,6 +144,8 @@ def run_steps(
             if verdict == STOP:
                 break
 
+        if stop.requested and world.size == 1 and verdict == GO_ON:
+            verdict = STOP  # asked while it waited for data
         # The files for others may be older than the state: something ended this program between them.
         if verdict != STOP_DIVERGED and (saved != step or not world.on_main(lambda: is_published(run, step))):
             save(run, monitor, step, publish)

@@ -24,7 +24,6 @@ from cae_fast.models.cae import ContextAutoencoder
 from cae_fast.models.encoder import load_encoder
 from cae_fast.training.checkpoint import save_model
 from cae_fast.training.distributed import World
-from cae_fast.training.ending import StopRequest
 from running import metrics, same_tensors, start_processes
 
 ROOT = Path(__file__).parents[2]
@@ -120,7 +119,7 @@ def test_results_are_those_of_the_saved_weights(place, runs, head):
     config.data.path, config.validation.path = str(place / "train"), str(place / "test")
     config.train.run_dir = str(place / "runs" / f"again_{head}")
     task = prepare_task(config, World(), torch.device("cpu"))
-    model = classify.prepare(task, StopRequest()).model.eval()
+    model = classify.prepare(task).model.eval()
     state = load_file(runs[head] / "classifier.safetensors")
     report = model.load_state_dict(state, strict=False)
     assert not report.unexpected_keys
