@@ -4,7 +4,7 @@ import scipy.stats
 import torch
 
 from cae_fast.data import sampling
-from cae_kernels.philox import STREAM_MASK, draw, philox4x32, uniform
+from cae_kernels.parts.philox import STREAM_MASK, draw, philox4x32, uniform
 
 ONES = 2**32 - 1
 
