@@ -214,16 +214,7 @@ def _refresh_addresses(state: AdamWState, gradients: Sequence[Tensor]) -> None:
     state._tables["addresses"], state._addresses = table, addresses
 
 
-def _launch(
-    state: AdamWState,
-    gradients: Sequence[Tensor],
-    *,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    clip_factor: Tensor,
-    skip: Tensor,
-) -> None:
+def _launch(state: AdamWState, gradients: Sequence[Tensor], *, lr, betas, eps, clip_factor, skip) -> None:
     state._tables = state._tables or _tables(state)
     _refresh_addresses(state, gradients)
     state.step += skip == 0
@@ -256,16 +247,7 @@ def _log(beta: float) -> float:
     return math.log(beta) if beta > 0 else -1e4
 
 
-def _apex(
-    state: AdamWState,
-    gradients: Sequence[Tensor],
-    *,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    clip_factor: Tensor,
-    skip: Tensor,
-) -> None:
+def _apex(state: AdamWState, gradients: Sequence[Tensor], *, lr, betas, eps, clip_factor, skip) -> None:
     """The kernel of NVIDIA apex's FusedAdam(capturable=True); float32 gradients are overwritten by clipped ones."""
     import amp_C
     from apex.multi_tensor_apply import multi_tensor_applier

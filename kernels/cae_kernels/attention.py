@@ -57,7 +57,7 @@ def attention_backward_reference(dout: Tensor, qkv: Tensor, scale: float) -> Ten
     dp = dout @ value.mT
     ds = scale * p * (dp - (p * dp).sum(-1, keepdim=True))
     dqkv = torch.stack((ds @ key, ds.mT @ query, p.mT @ dout))  # (3, B, H, N, C)
-    return dqkv.permute(1, 3, 0, 2, 4).to(qkv.dtype).contiguous()
+    return dqkv.permute(1, 3, 0, 2, 4).to(qkv.dtype)
 
 
 @triton.jit
@@ -204,7 +204,7 @@ def tile_of(n_tokens: int) -> tuple[int, bool]:
     return tile_rows(n_tokens - extra), extra
 
 
-def constants_of(n_tokens: int, heads: int, width: int) -> dict[str, int]:
+def _constants(n_tokens: int, heads: int, width: int) -> dict[str, int]:
     """Constant arguments of both kernels."""
     (first, second), (rows, extra) = split_width(width), tile_of(n_tokens)
     return {"H": heads, "C": width, "C1": first, "C2": second, "ROWS": rows, "EXTRA": extra}
@@ -215,7 +215,7 @@ def _forward(qkv: Tensor, scale: float) -> Tensor:
     image, row, part, head, _ = qkv.stride()
     batch, n, _, heads, width = qkv.shape
     out = qkv.new_empty(batch, n, heads, width)
-    constants = constants_of(n, heads, width)
+    constants = _constants(n, heads, width)
     rows = constants["ROWS"]
 
     _forward_kernel[(batch * heads,)](
@@ -232,7 +232,7 @@ def _backward(dout: Tensor, qkv: Tensor, scale: float) -> Tensor:
     image, row, part, head, _ = qkv.stride()
     batch, n, _, heads, width = qkv.shape
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
-    constants = constants_of(n, heads, width)
+    constants = _constants(n, heads, width)
 
     _backward_kernel[(batch * heads,)](
         dout=dout, qkv=qkv, dqkv=dqkv, dout_image=dout_image, dout_row=dout_row, dout_head=dout_head,

@@ -233,18 +233,7 @@ def _block_kernel(
     store_ids(visible_ids, masked_ids, image, masked, HEIGHT * WIDTH, NUM_MASKED, BLOCK)
 
 
-def _launch(
-    positions: Tensor,
-    *,
-    seed: int,
-    height: int,
-    width: int,
-    num_masked: int,
-    min_block: int,
-    max_block: int,
-    min_aspect: float,
-    max_proposals: int,
-) -> tuple[Tensor, Tensor]:
+def _launch(positions, *, seed, height, width, num_masked, min_block, max_block, min_aspect, max_proposals):
     visible_ids, masked_ids = new_ids(positions, height * width, num_masked)
     half_log = 0.5 * math.log(min_aspect)
     _block_kernel[(len(positions),)](

@@ -63,10 +63,8 @@ def cross_attention_backward_reference(
 
     sizes = (k_visible.shape[1], k_masked.shape[1])
     dq, dk, dv = (x.transpose(1, 2).to(k_visible.dtype) for x in (dq, dk, dv))
-    (dk_visible, dk_masked), (dv_visible, dv_masked) = (
-        [part.contiguous() for part in x.split(sizes, 1)] for x in (dk, dv)
-    )
-    return dq.contiguous(), dk_visible, dv_visible, dk_masked, dv_masked
+    (dk_visible, dk_masked), (dv_visible, dv_masked) = dk.split(sizes, 1), dv.split(sizes, 1)
+    return dq, dk_visible, dv_visible, dk_masked, dv_masked
 
 
 @triton.jit

@@ -137,12 +137,6 @@ def _fake(
     return visible, patches.new_empty(masked_shape, dtype=dtype)
 
 
-def _back_fake(d_visible, visible_ids, num_patches, dtype, cls_dtype):
-    batch, _, width = d_visible.shape
-    d_patches = d_visible.new_empty((batch, num_patches, width), dtype=dtype)  # (B, N, D)
-    return d_patches, d_visible.new_empty((1, 1, width), dtype=cls_dtype)
-
-
 def _forward(
     patches: Tensor, visible_ids: Tensor, masked_ids: Tensor | None, cls_token: Tensor, pos_embed: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -196,7 +190,6 @@ _gather_tokens = fused_op(
     fake=_fake,
     back=_backward,
     back_reference=_backward_reference,
-    back_fake=_back_fake,
     save=lambda _, patches, ids, *rest: (ids, patches.shape[1], patches.dtype, rest[1].dtype),
     gradients=_gradients,
     differentiable=1,

@@ -105,7 +105,7 @@ def _settings(x: Tensor) -> tuple[int, int, int, int, int]:
 
 
 @functools.lru_cache(maxsize=256)
-def splits_of(row_blocks: int, code_tiles: int) -> tuple[int, int]:
+def _splits(row_blocks: int, code_tiles: int) -> tuple[int, int]:
     """Number of splits and code tiles of each: the fewest splits within 5 % of the least rounds of tiles."""
 
     def rounds(splits: int) -> int:
@@ -127,7 +127,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None
 
     tile_rows, tile_codes, tile_width, num_warps, num_stages = _settings(x)
     row_blocks = triton.cdiv(count, tile_rows)
-    splits, tiles = splits_of(row_blocks, triton.cdiv(codes, tile_codes))
+    splits, tiles = _splits(row_blocks, triton.cdiv(codes, tile_codes))
     values = x.new_empty(splits, count, dtype=torch.float32)
     indices = x.new_empty(splits, count, dtype=torch.int32)
     _kernel[(row_blocks, splits)](

@@ -146,14 +146,14 @@ def _sum(total: Tensor | None, part: Tensor, parts: int) -> Tensor:
 def _launch(logits: Tensor, target: Tensor, *, count: Tensor, statistics: Tensor, d_bias: Tensor) -> None:
     """One chunk; where there is room in d_bias, its logits become their gradient."""
     rows, codes = logits.shape
-    block, num_warps, maxnreg = settings(codes, logits.dtype)
+    block, num_warps, maxnreg = _settings(codes, logits.dtype)
     _kernel[(len(statistics),)](
         logits=logits, target=target, count=count, statistics=statistics, d_bias=d_bias, rows=rows, codes=codes,
         HAS_GRADIENT=len(d_bias) > 0, BLOCK=block, num_warps=num_warps, maxnreg=maxnreg,
     )  # fmt: skip
 
 
-def settings(codes: int, dtype: torch.dtype) -> tuple[int, int, int | None]:
+def _settings(codes: int, dtype: torch.dtype) -> tuple[int, int, int | None]:
     """Codes of a block, warps, registers of a thread: at most 128 let two programs of 8 warps share a processor, so
     that one computes while the other waits for memory (float32 would spill)."""
     block = max(triton.next_power_of_2(codes), 128)

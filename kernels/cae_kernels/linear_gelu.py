@@ -97,15 +97,10 @@ def _backward_kernel(
     tl.store(partial + strip * columns + column, tl.sum(total, 0), mask=valid)
 
 
-def forward_grid(rows: int, columns: int) -> tuple[int, int]:
-    return triton.cdiv(rows, FORWARD_TILE["TILE_ROWS"]), triton.cdiv(columns, FORWARD_TILE["TILE_COLUMNS"])
-
-
 def _launch_forward(pre: Tensor, bias: Tensor, out: Tensor) -> Tensor:
     rows, columns = pre.shape
-    _forward_kernel[forward_grid(rows, columns)](
-        pre=pre, bias=bias, out=out, rows=rows, columns=columns, **FORWARD_TILE, num_warps=NUM_WARPS
-    )
+    grid = triton.cdiv(rows, FORWARD_TILE["TILE_ROWS"]), triton.cdiv(columns, FORWARD_TILE["TILE_COLUMNS"])
+    _forward_kernel[grid](pre=pre, bias=bias, out=out, rows=rows, columns=columns, **FORWARD_TILE, num_warps=NUM_WARPS)
     return out
 
 
@@ -113,7 +108,7 @@ def _forward(pre: Tensor, bias: Tensor) -> Tensor:
     return _launch_forward(pre, bias, torch.empty_like(pre))
 
 
-def strips_of(rows: int, columns: int) -> tuple[int, int, int]:
+def _strips(rows: int, columns: int) -> tuple[int, int, int]:
     """Number of strips, rows of each, tiles of columns: all programs run at once, each sums a strip of d_b."""
     tile_rows, column_tiles = BACKWARD_TILE["TILE_ROWS"], triton.cdiv(columns, BACKWARD_TILE["TILE_COLUMNS"])
     most = max(PROGRAMS // column_tiles, 1)
@@ -124,7 +119,7 @@ def strips_of(rows: int, columns: int) -> tuple[int, int, int]:
 def _backward(d_out: Tensor, pre: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     d_out = d_out.contiguous()
     rows, columns = pre.shape
-    strips, strip_rows, column_tiles = strips_of(rows, columns)
+    strips, strip_rows, column_tiles = _strips(rows, columns)
     d_pre = torch.empty_like(pre)
     partial = pre.new_empty(strips, columns, dtype=torch.float32)
 

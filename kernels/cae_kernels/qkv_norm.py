@@ -18,9 +18,9 @@ from .parts.rows import (
     BACKWARD_LAUNCH,
     FORWARD_LAUNCH,
     STAGES,
-    block_of,
     check_rows,
     dense,
+    launch_of,
     load_branch,
     load_vector,
     load_x,
@@ -38,6 +38,7 @@ from .residual_norm import (
     Norm,
     layer_norm_reference,
     normalize_backward_reference,
+    residual_backward_reference,
     residual_reference,
     statistics_reference,
 )
@@ -60,10 +61,6 @@ class Inputs(NamedTuple):
     weight_v: Tensor
     bias_v: Tensor
     eps: float
-
-    def vectors(self) -> int:
-        """K, the number of parameters with a gradient."""
-        return 4 + 2 * (self.weight_q is not None) + (self.branch is not None)
 
 
 def qkv_norm_reference(
@@ -94,10 +91,7 @@ def _backward_reference(
     positioned = value + pos_embed[ids]
 
     d_x, *sums = normalize_backward_reference(d_k, positioned, inputs.weight_k, stats[:2])
-    for grad, rows, weight, where in (
-        (d_v, value, inputs.weight_v, stats[2:]),
-        (d_q, positioned, weight_q, stats[:2]),
-    ):
+    for grad, rows, weight, where in ((d_v, value, inputs.weight_v, stats[2:]), (d_q, positioned, weight_q, stats[:2])):
         if grad is not None and weight is not None:
             d_rows, *more = normalize_backward_reference(grad, rows, weight, where)
             d_x, sums = d_x + d_rows, [*sums, *more]
@@ -106,9 +100,8 @@ def _backward_reference(
 
     d_branch = x.new_empty(0)
     if branch is not None and gamma is not None:
-        d_kept = d_x if keep is None else d_x * keep[:, None, None]
-        d_branch = (d_kept * gamma).to(branch.dtype)
-        sums.append((d_kept * branch).sum((0, 1)))
+        d_branch, d_gamma = residual_backward_reference(d_x, branch, gamma, keep)
+        sums.append(d_gamma)
     return d_x.to(x.dtype), d_branch, torch.stack(sums).to(inputs.weight_k.dtype)
 
 
@@ -245,13 +238,6 @@ def _fake(inputs: Inputs) -> Forward:
     return x_new, q, k, v, x.new_empty((4, *x.shape[:2]), dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-def _back_fake(
-    d_x_new: Tensor | None, d_q: Tensor | None, d_k: Tensor, d_v: Tensor, stats: Tensor, inputs: Inputs
-) -> tuple[Tensor, Tensor, Tensor]:
-    sums = inputs.weight_k.new_empty((inputs.vectors(), inputs.x.shape[2]))  # (K, D)
-    return *new_gradients(inputs.x, inputs.branch), sums
-
-
 def _readable(inputs: Inputs) -> Inputs:
     pos_embed, ids = inputs.pos_embed.contiguous(), unit_columns(inputs.ids)
     return inputs._replace(x=unit_columns(inputs.x), branch=dense(inputs.branch), pos_embed=pos_embed, ids=ids)
@@ -260,15 +246,10 @@ def _readable(inputs: Inputs) -> Inputs:
 def _forward(inputs: Inputs) -> Forward:
     inputs = _readable(inputs)
     x_new, q, k, v, stats = _fake(inputs)
-    batch, tokens, width = inputs.x.shape
-    block = block_of(width)
-    tile, num_warps = FORWARD_LAUNCH[block]
-
-    _forward_kernel[(triton.cdiv(batch * tokens, tile),)](
-        **inputs._asdict(), x_new=x_new, q=q, k=k, v=v, stats=stats, rows=batch * tokens, tokens=tokens,
-        batch_stride=inputs.x.stride(0), row_stride=inputs.x.stride(1), ids_stride=inputs.ids.stride(0),
-        D=width, BLOCK=block, ROWS=tile, num_warps=num_warps,
-    )  # fmt: skip
+    programs, arguments = launch_of(inputs.x, FORWARD_LAUNCH)
+    _forward_kernel[(programs,)](
+        **inputs._asdict(), x_new=x_new, q=q, k=k, v=v, stats=stats, ids_stride=inputs.ids.stride(0), **arguments
+    )
     return x_new, q, k, v, stats
 
 
@@ -276,21 +257,17 @@ def _backward(
     d_x_new: Tensor | None, d_q: Tensor | None, d_k: Tensor, d_v: Tensor, stats: Tensor, inputs: Inputs
 ) -> tuple[Tensor, Tensor, Tensor]:
     inputs = _readable(inputs)
-    x, branch, gamma, keep, pos_embed, ids, *_ = inputs
+    x, branch, gamma, keep, pos_embed, ids, weight_q, *_ = inputs
     d_x, d_branch = new_gradients(x, branch)
-    batch, tokens, width = x.shape
-    block = block_of(width)
-    tile, num_warps, most = BACKWARD_LAUNCH[block]
-    programs = min(most, triton.cdiv(batch * tokens, tile))
-    partial = x.new_empty((inputs.vectors(), programs, width), dtype=torch.float32)  # (K, programs, D)
+    programs, arguments = launch_of(x, BACKWARD_LAUNCH)
+    vectors = 4 + 2 * (weight_q is not None) + (branch is not None)
+    partial = x.new_empty((vectors, programs, x.shape[2]), dtype=torch.float32)  # (K, programs, D)
 
     _backward_kernel[(programs,)](
-        d_x_new=dense(d_x_new), d_q=dense(d_q), d_k=dense(d_k), d_v=dense(d_v),
-        x=x, branch=branch, gamma=gamma, keep=keep, pos_embed=pos_embed, ids=ids,
-        weight_q=inputs.weight_q, weight_k=inputs.weight_k, weight_v=inputs.weight_v, stats=stats,
-        d_x=d_x, d_branch=d_branch, partial=partial, rows=batch * tokens, tokens=tokens,
-        batch_stride=x.stride(0), row_stride=x.stride(1), ids_stride=ids.stride(0),
-        D=width, BLOCK=block, ROWS=tile, STAGES=STAGES, num_warps=num_warps,
+        d_x_new=dense(d_x_new), d_q=dense(d_q), d_k=dense(d_k), d_v=dense(d_v), x=x, branch=branch, gamma=gamma,
+        keep=keep, pos_embed=pos_embed, ids=ids, weight_q=weight_q, weight_k=inputs.weight_k,
+        weight_v=inputs.weight_v, stats=stats, d_x=d_x, d_branch=d_branch, partial=partial,
+        ids_stride=ids.stride(0), STAGES=STAGES, **arguments,
     )  # fmt: skip
     return d_x, d_branch, sum_rows(partial, inputs.weight_k.dtype)
 
@@ -318,7 +295,6 @@ _qkv_norm = fused_op(
     fake=_fake,
     back=_backward,
     back_reference=_backward_reference,
-    back_fake=_back_fake,
     save=lambda outputs, *inputs: (outputs[4], *inputs),
     gradients=_gradients,
     differentiable=4,

@@ -21,9 +21,9 @@ from .parts.rows import (
     BACKWARD_LAUNCH,
     FORWARD_LAUNCH,
     STAGES,
-    block_of,
     check_rows,
     dense,
+    launch_of,
     load_branch,
     load_vector,
     load_x,
@@ -50,6 +50,14 @@ def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float) ->
 def residual_reference(x: Tensor, branch: Tensor, gamma: Tensor, keep: Tensor | None) -> Tensor:
     scaled = gamma * branch  # (B, n, D)
     return (x + (scaled if keep is None else scaled * keep[:, None, None])).to(x.dtype)
+
+
+def residual_backward_reference(
+    d_x: Tensor, branch: Tensor, gamma: Tensor, keep: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Gradients of branch and gamma."""
+    d_kept = d_x if keep is None else d_x * keep[:, None, None]
+    return (d_kept * gamma).to(branch.dtype), (d_kept * branch).sum((0, 1))
 
 
 def residual_norm_reference(
@@ -106,9 +114,8 @@ def _backward_reference(
     if branch is None or gamma is None:
         return d_x.to(x.dtype), x.new_empty(0), torch.stack((d_weight, d_bias)).to(weight.dtype)
 
-    d_kept = d_x if keep is None else d_x * keep[:, None, None]
-    sums = torch.stack((d_weight, d_bias, (d_kept * branch).sum((0, 1))))  # (3, D)
-    return d_x.to(x.dtype), (d_kept * gamma).to(branch.dtype), sums.to(weight.dtype)
+    d_branch, d_gamma = residual_backward_reference(d_x, branch, gamma, keep)
+    return d_x.to(x.dtype), d_branch, torch.stack((d_weight, d_bias, d_gamma)).to(weight.dtype)
 
 
 @triton.jit
@@ -199,45 +206,26 @@ def _fake(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     return x_new, normed, x.new_empty((2, *x.shape[:2]), dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-def _back_fake(
-    d_x_new: Tensor | None, d_normed: Tensor, stats: Tensor, inputs: Inputs
-) -> tuple[Tensor, Tensor, Tensor]:
-    x, branch = inputs.x, inputs.branch
-    sums = inputs.weight.new_empty((2 if branch is None else 3, x.shape[2]))  # (K, D)
-    return *new_gradients(x, branch), sums
-
-
 def _forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     inputs = inputs._replace(x=unit_columns(inputs.x), branch=dense(inputs.branch))
     x_new, normed, stats = _fake(inputs)
-    batch, tokens, width = inputs.x.shape
-    block = block_of(width)
-    tile, num_warps = FORWARD_LAUNCH[block]
-
-    _forward_kernel[(triton.cdiv(batch * tokens, tile),)](
-        **inputs._asdict(), x_new=x_new, normed=normed, stats=stats, rows=batch * tokens, tokens=tokens,
-        batch_stride=inputs.x.stride(0), row_stride=inputs.x.stride(1), D=width, BLOCK=block, ROWS=tile,
-        num_warps=num_warps,
-    )  # fmt: skip
+    programs, arguments = launch_of(inputs.x, FORWARD_LAUNCH)
+    _forward_kernel[(programs,)](**inputs._asdict(), x_new=x_new, normed=normed, stats=stats, **arguments)
     return x_new, normed, stats
 
 
 def _backward(d_x_new: Tensor | None, d_normed: Tensor, stats: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    x, branch = unit_columns(inputs.x), dense(inputs.branch)
+    x, branch, gamma, keep, weight, _, _ = inputs
+    x, branch = unit_columns(x), dense(branch)
     d_x, d_branch = new_gradients(x, branch)
-    batch, tokens, width = x.shape
-    block = block_of(width)
-    tile, num_warps, most = BACKWARD_LAUNCH[block]
-    programs = min(most, triton.cdiv(batch * tokens, tile))
-    partial = x.new_empty((2 if branch is None else 3, programs, width), dtype=torch.float32)  # (K, programs, D)
+    programs, arguments = launch_of(x, BACKWARD_LAUNCH)
+    partial = x.new_empty((2 if branch is None else 3, programs, x.shape[2]), dtype=torch.float32)  # (K, programs, D)
 
     _backward_kernel[(programs,)](
-        d_x_new=dense(d_x_new), d_normed=d_normed.contiguous(), x=x, branch=branch, gamma=inputs.gamma,
-        keep=inputs.keep, weight=inputs.weight, stats=stats, d_x=d_x, d_branch=d_branch, partial=partial,
-        rows=batch * tokens, tokens=tokens, batch_stride=x.stride(0), row_stride=x.stride(1),
-        D=width, BLOCK=block, ROWS=tile, STAGES=STAGES, num_warps=num_warps,
+        d_x_new=dense(d_x_new), d_normed=d_normed.contiguous(), x=x, branch=branch, gamma=gamma, keep=keep,
+        weight=weight, stats=stats, d_x=d_x, d_branch=d_branch, partial=partial, STAGES=STAGES, **arguments,
     )  # fmt: skip
-    return d_x, d_branch, sum_rows(partial, inputs.weight.dtype)
+    return d_x, d_branch, sum_rows(partial, weight.dtype)
 
 
 def _gradients(back, d_x_new, d_normed, stats, inputs: Inputs) -> dict[str, Tensor]:
@@ -260,7 +248,6 @@ _residual_norm = fused_op(
     fake=_fake,
     back=_backward,
     back_reference=_backward_reference,
-    back_fake=_back_fake,
     save=lambda outputs, *inputs: (outputs[2], *inputs),
     gradients=_gradients,
     differentiable=2,

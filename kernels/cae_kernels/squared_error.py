@@ -85,7 +85,7 @@ def _backward_kernel(
     tl.store(out + offsets, (scale * difference).to(out.dtype.element_ty), mask=inside)
 
 
-def tile_of(width: int) -> tuple[int, int]:
+def _tile(width: int) -> tuple[int, int]:
     """Rows and columns of a tile; columns are the next power of two."""
     block = triton.next_power_of_2(width)
     return max(1, TILE // block), block
@@ -100,7 +100,7 @@ def _arguments(prediction: Tensor, target: Tensor) -> tuple[int, dict]:
         target = target.contiguous()
 
     batch, tokens, width = prediction.shape
-    rows, block = tile_of(width)
+    rows, block = _tile(width)
     return triton.cdiv(batch * tokens, rows), {
         "prediction": prediction,
         "target": target,

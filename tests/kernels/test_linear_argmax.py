@@ -58,7 +58,7 @@ def test_inputs_that_require_gradients_give_codes_without():
 @pytest.mark.parametrize("row_blocks", [1, 2, 7, 66, 128, 132, 133, 196, 1000])
 @pytest.mark.parametrize("code_tiles", [1, 3, 32])
 def test_splits_cover_all_tiles_and_keep_processors_busy(row_blocks, code_tiles):
-    splits, tiles = module.splits_of(row_blocks, code_tiles)
+    splits, tiles = module._splits(row_blocks, code_tiles)
     assert (splits - 1) * tiles < code_tiles <= splits * tiles
     rounds = -(-row_blocks * splits // 132) * tiles
     assert rounds <= 1.05 * min(-(-row_blocks * s // 132) * -(-code_tiles // s) for s in range(1, code_tiles + 1))

@@ -59,8 +59,7 @@ class FusedOp:
 
         if self.gradients is not None:
             found = self.gradients(back, *d_outputs[: self.differentiable], *saved)
-        else:
-            assert back is not None
+        elif back is not None:
             first = back(*d_outputs, *saved)
             first = first if isinstance(first, tuple) else (first,)
             found = dict(zip(self.names[: len(first)], first, strict=True))
@@ -88,64 +87,50 @@ def fused_op(
     fake: Function,
     back: Function | None = None,
     back_reference: Function | None = None,
-    back_fake: Function | None = None,
     save: Function | None = None,
     gradients: Function | None = None,
     differentiable: int | None = None,
 ) -> FusedOp:
     """Register `cae::NAME` and, where there is `back`, `cae::NAME_backward`; their schemas come from annotations.
 
-    run: launches the forward kernels: inputs -> a tensor or a tuple of them, contiguous, none of them an input.
-    reference: the same in plain torch, where Triton does not run. fake: the same, outputs uninitialized.
-    back, back_reference, back_fake: gradients of outputs, then what was saved -> gradients; by default those of the
-    first inputs, and back_fake makes them like these inputs.
-    save(outputs, *inputs): tensors and constants for the backward pass; by default all inputs.
+    run: launches the forward kernels: inputs -> a tensor or a tuple of them, none of them an input.
+    reference: the same in plain torch, where Triton does not run. fake: the same outputs, uninitialized.
+    back: gradients of outputs, then what was saved -> contiguous gradients, by default of the first inputs.
+    back_reference: the same in plain torch; it gives the shapes too.
+    save(outputs, *inputs): tensors and constants for the backward pass, by default all inputs.
     gradients(back, gradients of outputs, *saved): dict from inputs' names to gradients where `back` alone is not
     enough; the gradient of an output that is not used is None (without `gradients`: zeros).
     differentiable: how many of the outputs have gradients, by default all; the rest are marked.
     A last parameter annotated with a NamedTuple stands for the fields of it.
     """
-    backward = None
-    if back is not None:
-        assert back_reference is not None
-        backward = _register(f"{name}_backward", back, back_reference, back_fake or _like_first_inputs(back))
-    op = FusedOp(
-        run=_spread(run),
-        back=None if back is None else _spread(back),
-        registered=_register(name, run, reference, fake),
-        registered_back=backward,
-        names=list(inspect.signature(_spread(run)).parameters),
-        save=save,
-        gradients=None if gradients is None else _spread(gradients),
-        differentiable=differentiable,
-    )
+    run, back, gradients = _spread(run), back and _spread(back), gradients and _spread(gradients)
+    registered, registered_back = _register(name, run, _spread(reference), _spread(fake)), None
+    if back and back_reference:
+        dense = _contiguous(_spread(back_reference))
+        registered_back = _register(f"{name}_backward", back, dense, dense)
+    names = list(inspect.signature(run).parameters)
+    op = FusedOp(run, back, registered, registered_back, names, save, gradients, differentiable)
     if op.has_backward():
-        op.registered.register_autograd(
-            lambda ctx, *d_outputs: op.pull(backward, ctx, d_outputs), setup_context=op.remember
+        registered.register_autograd(
+            lambda ctx, *d_outputs: op.pull(registered_back, ctx, d_outputs), setup_context=op.remember
         )
     return op
 
 
 def _register(name: str, run: Function, reference: Function, fake: Function) -> CustomOpDef:
-    run = _spread(run)
-    schema = infer_schema(run, mutates_args=())
-    op = custom_op(f"cae::{name}", _spread(reference), mutates_args=(), schema=schema)
+    op = custom_op(f"cae::{name}", reference, mutates_args=(), schema=infer_schema(run, mutates_args=()))
     for device in ("cuda", "cpu") if INTERPRETED else ("cuda",):
         op.register_kernel(device, run)
-    op.register_fake(_spread(fake))
+    op.register_fake(fake)
     return op
 
 
-def _like_first_inputs(back: Function) -> Function:
-    """Fake of a backward op of one output: contiguous gradients of as many inputs as `back` returns tensors."""
-    returned = inspect.signature(back).return_annotation
-    count = 1 if returned is Tensor else len(returned.__args__)
+def _contiguous(function: Function) -> Function:
+    def dense(*inputs: Any) -> Any:
+        found = function(*inputs)
+        return tuple(x.contiguous() for x in found) if isinstance(found, tuple) else found.contiguous()
 
-    def fake(d_output: Tensor, *inputs: Any) -> Any:
-        made = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs[:count])
-        return made[0] if returned is Tensor else made
-
-    return fake
+    return dense
 
 
 def _spread(function: Function) -> Function:

@@ -34,6 +34,17 @@ def block_of(width: int) -> int:
     return max(SMALLEST_BLOCK, 1 << (width - 1).bit_length())
 
 
+def launch_of(x: Tensor, table: dict[int, tuple[int, ...]]) -> tuple[int, dict[str, int]]:
+    """Programs, and what a kernel is told about x, (B, n, D) with contiguous rows."""
+    batch, tokens, width = x.shape
+    block = block_of(width)
+    tile, num_warps, *most = table[block]
+    return min([triton.cdiv(batch * tokens, tile), *most]), {
+        "rows": batch * tokens, "tokens": tokens, "batch_stride": x.stride(0), "row_stride": x.stride(1),
+        "D": width, "BLOCK": block, "ROWS": tile, "num_warps": num_warps,
+    }  # fmt: skip
+
+
 def check_rows(x: Tensor, branch: Tensor | None, keep: Tensor | None, vectors: tuple[Tensor | None, ...]) -> None:
     """Raises ValueError unless x is (B, n, D), branch like it, keep (B,) and each of `vectors` (D,) without gaps."""
     if x.ndim != 3 or x.dtype not in DTYPES:

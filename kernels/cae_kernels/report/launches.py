@@ -1,62 +1,29 @@
 """Launches of a training step: ViT-L/16 at batch 256 (98 of 196 patches masked), ViT-H/14 at batch 128 (128 of 256).
 
-Listed is every launch that differs from the others in more than its number of rows.
+Listed is every launch that differs from the others in more than its number of rows. Ops run on tensors without memory,
+and what they would launch is recorded, so kernels are compiled for the arguments they get.
+
+B images, n tokens, D width.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from importlib import import_module
 from typing import Any
+from unittest import mock
 
 import torch
+from torch import Tensor
 
-from ..adamw import CHUNK, PIECE
-from ..adamw import NUM_WARPS as ADAMW_WARPS
-from ..adamw import _kernel as adamw_kernel
-from ..attention import NUM_WARPS as ATTENTION_WARPS
-from ..attention import _backward_kernel as attention_backward
-from ..attention import _forward_kernel as attention_forward
-from ..attention import constants_of
-from ..bias_relu import BLOCK as BIAS_RELU_BLOCK
-from ..bias_relu import NUM_WARPS as BIAS_RELU_WARPS
-from ..bias_relu import _kernel as bias_relu_kernel
-from ..block_mask import _block_kernel
-from ..cross_attention import KEYS
-from ..cross_attention import NUM_WARPS as CROSS_WARPS
-from ..cross_attention import STAGES as CROSS_STAGES
-from ..cross_attention import _backward_kernel as cross_backward
-from ..cross_attention import _forward_kernel as cross_forward
-from ..drop_path import BLOCK as DROP_PATH_BLOCK
-from ..drop_path import _kernel as drop_path_kernel
-from ..gather_tokens import IDS
-from ..gather_tokens import LAUNCH as GATHER_LAUNCH
-from ..gather_tokens import _backward_kernel as gather_backward
-from ..gather_tokens import _forward_kernel as gather_forward
-from ..linear_argmax import FLOAT_LAUNCH, HALF_LAUNCH, SELECT_BLOCK, splits_of
-from ..linear_argmax import _kernel as argmax_kernel
-from ..linear_argmax import _select_kernel as select_kernel
-from ..linear_cross_entropy import PROGRAMS as CROSS_ENTROPY_PROGRAMS
-from ..linear_cross_entropy import _kernel as cross_entropy_kernel
-from ..linear_cross_entropy import settings as cross_entropy_settings
-from ..linear_gelu import BACKWARD_TILE, FORWARD_TILE, forward_grid, strips_of
-from ..linear_gelu import NUM_WARPS as GELU_WARPS
-from ..linear_gelu import _backward_kernel as gelu_backward
-from ..linear_gelu import _forward_kernel as gelu_forward
-from ..parts.attention_tiles import most_registers, split_width, tile_rows
-from ..parts.philox import STREAM_DROP_PATH, STREAM_MASK
-from ..parts.rows import BACKWARD_LAUNCH, FORWARD_LAUNCH, STAGES, SUM_COLUMNS, SUM_ROWS, _sum_rows_kernel, block_of
-from ..parts.triton_language import tl, triton
-from ..qkv_norm import _backward_kernel as qkv_backward
-from ..qkv_norm import _forward_kernel as qkv_forward
-from ..random_mask import _random_kernel
-from ..residual_norm import _backward_kernel as residual_backward
-from ..residual_norm import _forward_kernel as residual_forward
-from ..squared_error import NUM_WARPS as ERROR_WARPS
-from ..squared_error import PROGRAMS as ERROR_PROGRAMS
-from ..squared_error import _backward_kernel as error_backward
-from ..squared_error import _forward_kernel as error_forward
-from ..squared_error import tile_of as error_tile
+from ..parts.triton_language import triton
 from .spec import Spec
 
-CODES = 8192
+MODELS = (("ViT-L", 256, 98, 1024, 64), ("ViT-H", 128, 128, 1280, 80))  # B, masked (as many visible), D, head width
+HEADS, CODES = 16, 8192
+BF16, FP32, FP16 = torch.bfloat16, torch.float32, torch.float16
+KINDS = {BF16: "*bf16:16", FP16: "*fp16:16", FP32: "*fp32:16", torch.int64: "*i64:16", torch.int32: "*i32:16"}
 ROW_VALUES = "mean, 1 / std, drop-path factor and patch number: one value a row"
 
 
@@ -69,369 +36,225 @@ def collect(text: str = "") -> list[Spec]:
     return [spec for op in ops for spec in op() if text in spec.name]
 
 
-def _pointers(kind: str, *names: str) -> dict[str, Any]:
-    return dict.fromkeys(names, f"*{kind}:16")
+def _spec(name: str, run: Callable[[], Any], moved: int, narrow: str = "", *, flops: int = 0, number: int = 0) -> Spec:
+    """Launch `number` of those that `run` makes; moved: its compulsory bytes."""
+    launches: list[tuple[Any, dict[str, Any], tuple[int, ...]]] = []
+
+    def record(kernel: Any, *, grid: tuple[int, ...], warmup: bool, **arguments: Any) -> None:
+        launches.append((kernel, arguments, grid))
+
+    with mock.patch.object(triton.runtime.JITFunction, "run", record):
+        run()
+    kernel, arguments, grid = launches[number]
+    options = {key: value for key, value in arguments.items() if key not in kernel.arg_names}
+    return Spec(
+        name,
+        kernel,
+        {parameter.name: _kind(parameter, arguments[parameter.name]) for parameter in kernel.params},
+        num_warps=options.pop("num_warps", 4),
+        num_stages=options.pop("num_stages", 3),
+        programs=math.prod(grid),
+        bytes=moved,
+        flops=flops,
+        options={key: value for key, value in options.items() if value is not None},
+        narrow=narrow,
+    )
 
 
-def _integers(**values: int) -> dict[str, Any]:
-    """Triton compiles for multiples of 16 apart from other integers."""
-    return {name: "i32:16" if value % 16 == 0 else "i32" for name, value in values.items()}
+def _kind(parameter: Any, value: Any) -> Any:
+    """What Triton compiles for: types, multiples of 16, and constants, 1 among them."""
+    if isinstance(value, Tensor):
+        return KINDS[value.dtype]
+    if parameter.is_constexpr or value is None:
+        return value
+    if isinstance(value, float):
+        return "fp32"
+    if parameter.do_not_specialize:
+        return "i32"
+    return 1 if value == 1 else "i32:16" if value % 16 == 0 else "i32"
+
+
+def _op(name: str) -> Any:
+    """The module of an op; in the package, its name is the function's."""
+    return import_module(f"cae_kernels.{name}")
+
+
+def _new(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def _adamw() -> Iterator[Spec]:
-    scalars = ("lr", "beta1", "share1", "log_beta1", "beta2", "share2", "log_beta2", "eps")
-    signature = _pointers("i64", "addresses", "sizes", "chunk_tensors", "chunk_starts") | {"num_tensors": "i32"}
-    signature |= _pointers("fp32", "decays", "clip_factor", "skip", "step") | dict.fromkeys(scalars, "fp32")
-    signature |= {"ALIGNED": True, "CHUNK": CHUNK, "PIECE": PIECE}
+    op, masters = _op("adamw"), [torch.zeros(5), torch.zeros(7)]  # the kernel takes tables of addresses
+    step = {"lr": 0.1, "betas": (0.9, 0.98), "eps": 1e-8, "clip_factor": torch.zeros(()), "skip": torch.zeros(())}
     for model, parameters in (("ViT-L", 412_320_768), ("ViT-H", 798_427_392)):
-        for name, gradient, weight in (("bf16", tl.bfloat16, tl.bfloat16), ("fp32", tl.float32, None)):
-            yield Spec(
-                f"adamw {model} {name}",
-                adamw_kernel,
-                signature | {"GRADIENT": gradient, "WEIGHT": weight},
-                num_warps=ADAMW_WARPS,
-                num_stages=3,
-                programs=triton.cdiv(parameters, CHUNK),
-                bytes=28 * parameters,
-                narrow="a parameter's last chunk has a mask of unknown length",
-            )
+        for name, weights in (("bf16", [master.to(BF16) for master in masters]), ("fp32", masters)):
+            state = op.adamw_state(masters, weights, [0.0, 0.0])
+            narrow = "a parameter's last chunk has a mask of unknown length"
+            spec = _spec(f"adamw {model} {name}", partial(op._launch, state, weights, **step), 28 * parameters, narrow)
+            yield replace(spec, programs=triton.cdiv(parameters, op.CHUNK))
 
 
 def _attention() -> Iterator[Spec]:
-    """98 patches and a class token; 128 and a class token; 128 in the decoder."""
-    strides = ("image", "row", "part", "head")
-    for model, batch, n, heads, width in (
-        ("ViT-L", 256, 99, 16, 64),
-        ("ViT-H", 128, 129, 16, 80),
-        ("ViT-H decoder", 128, 128, 16, 80),
-    ):
-        constants = constants_of(n, heads, width)
-        common = dict.fromkeys(strides, "i32:16") | _integers(n=n) | {"scale": "fp32"} | constants
-        forward = common | _pointers("bf16", "qkv", "out")
-        backward = common | _pointers("bf16", "dout", "qkv", "dqkv")
-        backward |= dict.fromkeys(("dout_image", "dout_row", "dout_head"), "i32:16")
-        registers = {"maxnreg": most_registers(constants["ROWS"], split_width(width))}
-        for name, kernel, signature, products, passes, options in (
-            ("forward", attention_forward, forward, 2, 4, registers),
-            ("backward", attention_backward, backward, 5, 7, {}),
-        ):
-            yield Spec(
-                f"attention {name} {model}",
-                kernel,
-                signature,
-                num_warps=ATTENTION_WARPS[constants["ROWS"]],
-                num_stages=3,
-                programs=batch * heads,
-                bytes=passes * 2 * batch * n * heads * width,
-                flops=products * 2 * batch * heads * n * n * width,
-                options=options,
-                narrow="the class token's rows" if constants["EXTRA"] else "",
-            )
+    """A class token and 98 or 128 patches; 128 patches in the decoder."""
+    op = _op("attention")
+    for model, batch, n, width in (("ViT-L", 256, 99, 64), ("ViT-H", 128, 129, 80), ("ViT-H decoder", 128, 128, 80)):
+        out, qkv = _new(batch, n, HEADS, width), _new(batch, n, 3, HEADS, width)
+        narrow = "the class token's rows" if op.tile_of(n)[1] else ""
+        stream, product = 2 * out.numel(), 2 * out.numel() * n  # bytes of a pass; FLOPs
+        forward, backward = partial(op._forward, qkv, 0.1), partial(op._backward, out, qkv, 0.1)
+        yield _spec(f"attention forward {model}", forward, 4 * stream, narrow, flops=2 * product)
+        yield _spec(f"attention backward {model}", backward, 7 * stream, narrow, flops=5 * product)
 
 
 def _bias_relu() -> Iterator[Spec]:
     """DALL-E's encoder for 256 images of 112 px: every kind of launch in the first group, and the last one."""
-    for name, channels, side, residual, total, pool in (
+    op = _op("bias_relu")
+    for name, channels, side, with_residual, with_total, pool in (
         ("hidden", 64, 112, False, False, False),
         ("input", 256, 112, False, True, False),
         ("block", 256, 112, True, True, False),
         ("pool", 256, 112, True, True, True),
         ("last", 2048, 14, True, False, False),
     ):
-        elements = 256 * channels * side**2
-        size = elements // 4 if pool else elements
-        signature = _pointers("fp16", "x", "bias", "out") | {"size": "i32:16", "height": "i32", "width": "i32"}
-        signature |= {"residual": "*fp16:16" if residual else None, "total": "*fp16:16" if total else None}
-        yield Spec(
-            f"bias_relu {name} {channels}",
-            bias_relu_kernel,
-            signature | {"CHANNELS": channels, "POOL": pool, "BLOCK": BIAS_RELU_BLOCK[pool]},
-            num_warps=BIAS_RELU_WARPS,
-            num_stages=1,
-            programs=triton.cdiv(size, BIAS_RELU_BLOCK[pool]),
-            bytes=2 * ((1 + residual) * elements + (1 + total) * size),
-        )
+        x, bias = _new(256, side, side, channels, dtype=FP16).permute(0, 3, 1, 2), _new(channels, dtype=FP16)
+        out = op._new(x, pool)
+        moved = 2 * ((1 + with_residual) * x.numel() + (1 + with_total) * out.numel())
+        residual, total = x if with_residual else None, out if with_total else None
+        run = partial(op._launch, x, bias, residual, total=total, out=out, pool=pool)
+        yield _spec(f"bias_relu {name} {channels}", run, moved)
 
 
 def _cross_attention() -> Iterator[Spec]:
-    """98 queries to 98 + 98 keys, and 128 to 128 + 128."""
-    inputs = ("query", "k_visible", "v_visible", "k_masked", "v_masked")
-    results = ("d_query", "dk_visible", "dv_visible", "dk_masked", "dv_masked")
-    strides = [f"{tensor}_{axis}" for tensor in ("query", "visible", "masked") for axis in ("image", "row", "head")]
-    for model, batch, n, heads, width in (("ViT-L", 256, 98, 16, 64), ("ViT-H", 128, 128, 16, 80)):
-        (first, second), rows = split_width(width), tile_rows(n)
-        common = _pointers("bf16", *inputs) | dict.fromkeys(strides, "i32:16") | _integers(n_visible=n, n_masked=n)
-        common |= {"scale": "fp32", "H": heads, "C": width, "C1": first, "C2": second, "ROWS": rows}
-        forward = common | {"out": "*bf16:16", "KEYS": KEYS, "STAGES": CROSS_STAGES}
-        backward = common | _pointers("bf16", "dout", *results) | {"VISIBLE": rows}
-        backward |= dict.fromkeys(("dout_image", "dout_row", "dout_head"), "i32:16")
-        registers = {"maxnreg": most_registers(rows, (first, second))}
-        narrow = "the last 16 columns of 64 keys: 8 bytes a thread" if second else ""
-        for name, kernel, signature, products, passes, options, reason in (
-            ("forward", cross_forward, forward, 2, 6, registers, narrow),
-            ("backward", cross_backward, backward, 5, 11, {}, ""),
-        ):
-            yield Spec(
-                f"cross_attention {name} {model}",
-                kernel,
-                signature,
-                num_warps=CROSS_WARPS[rows],
-                num_stages=3,
-                programs=batch * heads,
-                bytes=passes * 2 * batch * n * heads * width,
-                flops=products * 2 * batch * heads * n * 2 * n * width,
-                options=options,
-                narrow=reason,
-            )
+    """As many masked queries as visible and as masked keys."""
+    op = _op("cross_attention")
+    for model, batch, n, _, width in MODELS:
+        x = _new(batch, n, HEADS, width)
+        stream, product, inputs = 2 * x.numel(), 2 * x.numel() * 2 * n, op.Inputs(*(x,) * 5, 0.1)
+        narrow = "the last 16 columns of 64 keys: 8 bytes a thread" if width == 80 else ""
+        forward, backward = partial(op._forward, inputs), partial(op._backward, x, inputs)
+        yield _spec(f"cross_attention forward {model}", forward, 6 * stream, narrow, flops=2 * product)
+        yield _spec(f"cross_attention backward {model}", backward, 11 * stream, flops=5 * product)
 
 
 def _drop_path() -> Iterator[Spec]:
     """ViT-L: 24 + 4 + 4 blocks of two branches, the regressor's of two as well."""
-    signature = {"positions": "*i64:16"} | _pointers("fp32", "rates", "scales")
-    signature |= {"seed_low": "i32", "seed_high": "i32", "batch": "i32:16", "branches": "i32:16"}
-    yield Spec(
-        "drop_path ViT-L B256",
-        drop_path_kernel,
-        signature | {"STREAM": STREAM_DROP_PATH, "BLOCK": DROP_PATH_BLOCK},
-        num_warps=4,
-        num_stages=1,
-        programs=32,
-        bytes=256 * 8 + 64 * 256 * 4,
-        narrow="one number a branch and sample, 64 KB in all",
-    )
+    run = partial(_op("drop_path")._launch, 1, _new(256, dtype=torch.int64), _new(64, dtype=FP32))
+    narrow = "one number a branch and sample, 64 KB in all"
+    yield _spec("drop_path ViT-L B256", run, 256 * 8 + 64 * 256 * 4, narrow)
 
 
 def _gather_tokens() -> Iterator[Spec]:
-    sizes = ("num_patches", "visible_tokens", "masked_tokens", "visible_stride", "masked_stride")
-    for model, batch, patches, width in (("ViT-L", 256, 196, 1024), ("ViT-H", 128, 256, 1280)):
-        visible, block = patches // 2, block_of(width)
-        tile, num_warps = GATHER_LAUNCH[block]
-        constants = {"D": width, "BLOCK": block, "ROWS": tile}
-        forward = _pointers("bf16", "patches", "cls_token", "pos_embed", "visible", "masked") | constants
-        forward |= _pointers("i64", "visible_ids", "masked_ids") | {"batch": "i32:16"} | dict.fromkeys(sizes, "i32")
-        backward = _pointers("bf16", "d_visible", "d_patches") | {"visible_ids": "*i64:16", "IDS": IDS} | constants
-        backward |= dict.fromkeys(("num_visible", "num_patches", "ids_stride"), "i32")
-        for name, kernel, signature, programs, rows in (
-            ("forward", gather_forward, forward, 2 * triton.cdiv(batch * (visible + 1), tile), 2 * (patches + 1)),
-            ("backward", gather_backward, backward, batch * triton.cdiv(patches, tile), patches + visible),
-        ):
-            yield Spec(
-                f"gather_tokens {name} {model}",
-                kernel,
-                signature,
-                num_warps=num_warps,
-                num_stages=3,
-                programs=programs,
-                bytes=2 * batch * width * rows,
-                narrow="patch numbers: one value a row",
-            )
+    op, narrow = _op("gather_tokens"), "patch numbers: one value a row"
+    for model, batch, n, width, _ in MODELS:
+        patches, ids, row = _new(batch, 2 * n, width), _new(batch, n, dtype=torch.int64), 2 * batch * width
+        forward = partial(op._forward, patches, ids, ids, _new(1, 1, width), _new(2 * n + 1, width))
+        backward = partial(op._backward, _new(batch, n + 1, width), ids, 2 * n, BF16, BF16)
+        yield _spec(f"gather_tokens forward {model}", forward, row * 2 * (2 * n + 1), narrow)
+        yield _spec(f"gather_tokens backward {model}", backward, row * 3 * n, narrow)
 
 
 def _linear_argmax() -> Iterator[Spec]:
     """Requested rows of the DALL-E tokenizer's head (2048 -> 8192)."""
-    for model, count in (("ViT-L", 256 * 98), ("ViT-H", 128 * 128)):
-        for dtype, size, launch in (("fp16", 2, HALF_LAUNCH), ("bf16", 2, HALF_LAUNCH), ("fp32", 4, FLOAT_LAUNCH)):
-            rows, codes, width, num_warps, num_stages = launch
-            row_blocks = triton.cdiv(count, rows)
-            splits, _ = splits_of(row_blocks, triton.cdiv(CODES, codes))
-            signature = _pointers(dtype, "x", "weight", "bias") | {"rows": "*i64:16", "values": "*fp32:16"}
-            signature |= {"indices": "*i32:16", "WIDTH": 2048, "HAS_BIAS": True, "HAS_ROWS": True}
-            signature |= dict.fromkeys(("count", "codes", "x_stride", "tiles"), "i32:16")
-            yield Spec(
-                f"linear_argmax {model} {dtype}",
-                argmax_kernel,
-                signature | {"TILE_ROWS": rows, "TILE_CODES": codes, "TILE_WIDTH": width},
-                num_warps=num_warps,
-                num_stages=num_stages,
-                programs=row_blocks * splits,
-                bytes=(count + CODES) * 2048 * size,
-                flops=2 * count * 2048 * CODES,
-                narrow="row numbers and bias, once per row block and tile of codes",
-            )
-
-        splits, _ = splits_of(triton.cdiv(count, HALF_LAUNCH[0]), CODES // HALF_LAUNCH[1])
-        signature = {"values": "*fp32:16", "indices": "*i32:16", "out": "*i64:16", "count": "i32:16", "splits": "i32"}
-        yield Spec(
-            f"linear_argmax select {model}",
-            select_kernel,
-            signature | {"BLOCK": SELECT_BLOCK},
-            num_warps=4,
-            num_stages=1,
-            programs=triton.cdiv(count, SELECT_BLOCK),
-            bytes=count * (8 * splits + 8),
-            narrow="a block has two numbers for each thread",
-        )
+    op, narrow = _op("linear_argmax"), "row numbers and bias, once per row block and tile of codes"
+    for model, batch, n, _, _ in MODELS:
+        rows, count = _new(batch * n, dtype=torch.int64), batch * n
+        for name, dtype in (("fp16", FP16), ("bf16", BF16), ("fp32", FP32)):
+            x, weight, bias = (_new(*shape, dtype=dtype) for shape in ((2 * count, 2048), (CODES, 2048), (CODES,)))
+            run, moved = partial(op._forward, x, weight, bias, rows), (count + CODES) * 2048 * dtype.itemsize
+            yield _spec(f"linear_argmax {model} {name}", run, moved, narrow, flops=2 * count * 2048 * CODES)
+            if dtype is FP16:
+                splits, _ = op._splits(triton.cdiv(count, op.HALF_LAUNCH[0]), CODES // op.HALF_LAUNCH[1])
+                why, moved = "a block has two numbers for each thread", count * (8 * splits + 8)
+                yield _spec(f"linear_argmax select {model}", run, moved, why, number=1)
 
 
 def _linear_cross_entropy() -> Iterator[Spec]:
     """On the logits, with gradients and without."""
-    for model, rows in (("ViT-L", 256 * 98), ("ViT-H", 128 * 128)):
-        for dtype, kind, size in ((torch.bfloat16, "bf16", 2), (torch.float32, "fp32", 4)):
-            block, num_warps, maxnreg = cross_entropy_settings(CODES, dtype)
-            signature = _pointers(kind, "logits") | _pointers("i64", "target", "count") | {"BLOCK": block}
-            signature |= _pointers("fp32", "statistics", "d_bias") | {"rows": "i32:16", "codes": "i32:16"}
-            for gradient in (True, False):
-                yield Spec(
-                    f"linear_cross_entropy {model} {kind} {'gradient' if gradient else 'evaluation'}",
-                    cross_entropy_kernel,
-                    signature | {"HAS_GRADIENT": gradient},
-                    num_warps=num_warps,
-                    num_stages=1,
-                    programs=CROSS_ENTROPY_PROGRAMS,
-                    bytes=rows * CODES * size * (1 + gradient) + gradient * CROSS_ENTROPY_PROGRAMS * CODES * 4,
-                    options={} if maxnreg is None else {"maxnreg": maxnreg},
-                    narrow="a row's target and its logit are single numbers",
-                )
+    op, narrow = _op("linear_cross_entropy"), "a row's target and its logit are single numbers"
+    for model, batch, n, _, _ in MODELS:
+        target, count = (_new(*shape, dtype=torch.int64) for shape in ((batch * n,), ()))
+        for name, dtype in (("bf16", BF16), ("fp32", FP32)):
+            logits = _new(batch * n, CODES, dtype=dtype)
+            for kind, gradient in (("gradient", True), ("evaluation", False)):
+                partials = _new(op.PROGRAMS * gradient, CODES, dtype=FP32)
+                statistics = _new(op.PROGRAMS, 2, dtype=FP32)
+                run = partial(op._launch, logits, target, count=count, statistics=statistics, d_bias=partials)
+                moved = logits.nbytes * (1 + gradient) + partials.nbytes
+                yield _spec(f"linear_cross_entropy {model} {name} {kind}", run, moved, narrow)
 
 
 def _linear_gelu() -> Iterator[Spec]:
-    """99 tokens, F = 4096; 129 tokens, F = 5120."""
-    for model, rows, columns in (("ViT-L", 256 * 99, 4096), ("ViT-H", 128 * 129, 5120)):
-        common = _pointers("bf16", "pre", "bias") | {"rows": "i32:16", "columns": "i32:16"}
-        row_tiles, column_tiles = forward_grid(rows, columns)
-        yield Spec(
-            f"linear_gelu forward {model}",
-            gelu_forward,
-            common | {"out": "*bf16:16", **FORWARD_TILE},
-            num_warps=GELU_WARPS,
-            num_stages=1,
-            programs=row_tiles * column_tiles,
-            bytes=2 * 2 * rows * columns,
-            narrow="the bias, once a tile",
-        )
-        strips, _, column_tiles = strips_of(rows, columns)
-        yield Spec(
-            f"linear_gelu backward {model}",
-            gelu_backward,
-            common
-            | _pointers("bf16", "d_out", "d_pre")
-            | {"partial": "*fp32:16", "strip_rows": "i32", **BACKWARD_TILE},
-            num_warps=GELU_WARPS,
-            num_stages=1,
-            programs=strips * column_tiles,
-            bytes=3 * 2 * rows * columns + 4 * strips * columns,
-            narrow="the bias and its partial sum, once a program",
-        )
+    """F = 4 D, with the class token."""
+    op = _op("linear_gelu")
+    for model, batch, n, width, _ in MODELS:
+        pre, bias = _new(batch * (n + 1), 4 * width), _new(4 * width)
+        forward, backward = partial(op._forward, pre, bias), partial(op._backward, pre, pre, bias)
+        partials = 4 * 4 * width * op._strips(*pre.shape)[0]
+        narrow = "the bias and its partial sum, once a program"
+        yield _spec(f"linear_gelu forward {model}", forward, 2 * pre.nbytes, "the bias, once a tile")
+        yield _spec(f"linear_gelu backward {model}", backward, 3 * pre.nbytes + partials, narrow)
 
 
 def _masks() -> Iterator[Spec]:
-    shared = _pointers("i64", "positions", "visible_ids", "masked_ids")
-    shared |= {"seed_low": "i32", "seed_high": "i32", "STREAM": STREAM_MASK, "BLOCK": 256}
-    law = {"MIN_BLOCK": 16.0, "LOG_SLOPE": 1.2, "LOG_START": -0.6, "MAX_PROPOSALS": 4096}
-    for model, batch, side, masked in (("ViT-L B256", 256, 14, 98), ("ViT-H B128", 128, 16, 128)):
-        grid = {"HEIGHT": side, "WIDTH": side, "MAX_BLOCK": float(masked)}
-        for name, kernel, constants in (
-            ("block_mask", _block_kernel, law | grid),
-            ("random_mask", _random_kernel, {"N": side * side}),
-        ):
-            yield Spec(
-                f"{name} {model}",
-                kernel,
-                shared | constants | {"NUM_MASKED": masked},
-                num_warps=1,
-                num_stages=1,
-                programs=batch,
-                bytes=8 * batch * (side * side + 1),
-                options={"enable_fp_fusion": False},
-                narrow="ids go where their ranks say, a few KB an image",
-            )
+    narrow = "ids go where their ranks say, a few KB an image"
+    for model, batch, n, _, _ in MODELS:
+        positions, side = _new(batch, dtype=torch.int64), math.isqrt(2 * n)
+        grid = {"height": side, "width": side, "num_masked": n}
+        law = {"min_block": 16, "max_block": n, "min_aspect": 0.3, "max_proposals": 4096}
+        block = partial(_op("block_mask")._launch, positions, seed=1, **grid, **law)
+        random = partial(_op("random_mask")._launch, positions, 1, 2 * n, n)
+        for name, run in (("block_mask", block), ("random_mask", random)):
+            yield _spec(f"{name} {model} B{batch}", run, 8 * batch * (2 * n + 1), narrow)
 
 
 def _norms() -> Iterator[Spec]:
-    for model, batch, visible, width in (("ViT-L", 256, 98, 1024), ("ViT-H", 128, 128, 1280)):
-        yield from _residual_norm(f"{model} bf16", batch, visible + 1, width, stream="bf16")
-        yield from _residual_norm(f"{model} float32 stream", batch, visible + 1, width, stream="fp32")
-        yield from _qkv_norm(f"{model} masked", batch, visible, width, masked=True)
-        yield from _qkv_norm(f"{model} context", batch, visible, width, masked=False)
+    for model, batch, n, width, _ in MODELS:
+        yield from _residual_norm(f"{model} bf16", _new(batch, n + 1, width))
+        yield from _residual_norm(f"{model} float32 stream", _new(batch, n + 1, width, dtype=FP32))
+        yield from _qkv_norm(f"{model} masked", _new(batch, n, width), masked=True)
+        yield from _qkv_norm(f"{model} context", _new(batch, n + 1, width)[:, 1:], masked=False)
 
-        programs = BACKWARD_LAUNCH[block_of(width)][2]
-        signature = {"x": "*fp32:16", "out": "*bf16:16", "set_stride": "i32:16", "row_stride": "i32:16"}
-        yield Spec(
-            f"sum_rows {model}",
-            _sum_rows_kernel,
-            signature | _integers(rows=programs) | {"D": width, "ROWS": SUM_ROWS, "COLUMNS": SUM_COLUMNS},
-            num_warps=4,
-            num_stages=3,
-            programs=width // SUM_COLUMNS * 3,
-            bytes=programs * width * 3 * 4,
-            narrow=ROW_VALUES,
-        )
+        programs = _op("parts.rows").BACKWARD_LAUNCH[_op("parts.rows").block_of(width)][2]
+        run = partial(_op("parts.rows").sum_rows, _new(3, programs, width, dtype=FP32), BF16)
+        yield _spec(f"sum_rows {model}", run, programs * width * 3 * 4, ROW_VALUES)
 
 
-def _residual_norm(name: str, batch: int, tokens: int, width: int, *, stream: str) -> Iterator[Spec]:
+def _residual_norm(name: str, x: Tensor) -> Iterator[Spec]:
     """residual_norm inside a model, after its last block (the residual stream is not used), and layer_norm."""
-    rows, block = batch * tokens, block_of(width)
-    one, both = 2 * rows * width, (2 if stream == "bf16" else 4) * rows * width  # bytes of a pass, of the stream's
-    common = _integers(rows=rows, tokens=tokens, batch_stride=tokens * width) | {"row_stride": "i32:16"}
-    common |= _pointers(stream, "x") | _pointers("bf16", "weight") | _pointers("fp32", "stats")
-    common |= {"D": width, "BLOCK": block}
-    update = _pointers("bf16", "branch", "gamma") | _pointers("fp32", "keep")
-    plain = dict.fromkeys(update)
-
-    tile, num_warps = FORWARD_LAUNCH[block]
-    forward = common | _pointers("bf16", "bias", "normed") | _pointers(stream, "x_new") | {"eps": "fp32", "ROWS": tile}
-    for op, arguments, moved in (
-        ("residual_norm", update, 2 * (one + both)),
-        ("layer_norm", plain, one + both),
+    op, (batch, _, width) = _op("residual_norm"), x.shape
+    y, vector, stats = x.to(BF16), _new(width), _new(2, *x.shape[:2], dtype=FP32)
+    one, both = y.nbytes, x.nbytes  # a pass over the branch, over the stream
+    update = op.Inputs(x=x, branch=y, gamma=vector, keep=_new(batch, dtype=FP32), weight=vector, bias=vector, eps=1e-6)
+    plain = update._replace(branch=None, gamma=None, keep=None)
+    for kind, run, moved in (
+        ("residual_norm forward", partial(op._forward, update), 2 * (one + both)),
+        ("layer_norm forward", partial(op._forward, plain), one + both),
+        ("residual_norm backward", partial(op._backward, x, y, stats, update), 3 * (one + both)),
+        ("residual_norm last", partial(op._backward, None, y, stats, update), 3 * one + 2 * both),
+        ("layer_norm backward", partial(op._backward, None, y, stats, plain), one + 2 * both),
     ):
-        launch = _norm_launch(num_warps, triton.cdiv(rows, tile), moved)
-        yield Spec(f"{op} forward {name}", residual_forward, forward | arguments, **launch)
-
-    tile, num_warps, programs = BACKWARD_LAUNCH[block]
-    backward = common | _pointers(stream, "d_x") | _pointers("bf16", "d_normed", "d_branch")
-    backward |= {"partial": "*fp32:16", "ROWS": tile, "STAGES": STAGES, "d_x_new": None}
-    for op, arguments, moved in (
-        ("residual_norm backward", update | _pointers(stream, "d_x_new"), 3 * (one + both)),
-        ("residual_norm last", update, 3 * one + 2 * both),
-        ("layer_norm backward", plain, one + 2 * both),
-    ):
-        launch = _norm_launch(num_warps, programs, moved)
-        yield Spec(f"{op} {name}", residual_backward, backward | arguments, **launch)
+        yield _spec(f"{kind} {name}", run, moved, ROW_VALUES)
 
 
-def _qkv_norm(name: str, batch: int, tokens: int, width: int, *, masked: bool) -> Iterator[Spec]:
+def _qkv_norm(name: str, x: Tensor, *, masked: bool) -> Iterator[Spec]:
     """The regressor's norms: of its masked queries after a residual update, and of the visible context."""
-    rows, block, moved = batch * tokens, block_of(width), 2 * batch * tokens * width
-    common = _integers(rows=rows, tokens=tokens, ids_stride=tokens, batch_stride=(tokens + (not masked)) * width)
-    common |= {"row_stride": "i32:16", "ids": "*i64:16", "stats": "*fp32:16", "D": width, "BLOCK": block}
-    common |= _pointers("bf16", "x", "pos_embed", "weight_k", "weight_v")
-    optional = _pointers("bf16", "branch", "gamma", "weight_q") | _pointers("fp32", "keep")
-    common |= optional if masked else dict.fromkeys(optional)
-
-    tile, num_warps = FORWARD_LAUNCH[block]
-    forward = common | _pointers("bf16", "bias_k", "bias_v", "x_new", "q", "k", "v") | {"eps": "fp32", "ROWS": tile}
-    forward["bias_q"] = forward["weight_q"]
-    launch = _norm_launch(num_warps, triton.cdiv(rows, tile), moved * (6 if masked else 3))
-    yield Spec(f"qkv_norm forward {name}", qkv_forward, forward, **launch)
-
-    tile, num_warps, programs = BACKWARD_LAUNCH[block]
-    backward = common | _pointers("bf16", "d_k", "d_v", "d_x", "d_branch") | {"partial": "*fp32:16", "ROWS": tile}
-    backward |= {"STAGES": STAGES, "d_q": common["weight_q"], "d_x_new": common["branch"]}
-    launch = _norm_launch(num_warps, programs, moved * (8 if masked else 4))
-    yield Spec(f"qkv_norm backward {name}", qkv_backward, backward, **launch)
-
-
-def _norm_launch(num_warps: int, programs: int, moved: int) -> dict[str, Any]:
-    return {"num_warps": num_warps, "num_stages": 3, "programs": programs, "bytes": moved, "narrow": ROW_VALUES}
+    op, (batch, n, width) = _op("qkv_norm"), x.shape
+    vector, grad, stats = _new(width), _new(*x.shape), _new(4, batch, n, dtype=FP32)
+    inputs = op.Inputs(x, grad, vector, _new(batch, dtype=FP32), _new(2 * n, width), _new(batch, n, dtype=torch.int64),
+                       *(vector,) * 6, 1e-6)  # fmt: skip
+    if not masked:
+        inputs = inputs._replace(branch=None, gamma=None, keep=None, weight_q=None, bias_q=None)
+    forward, optional = partial(op._forward, inputs), grad if masked else None
+    backward = partial(op._backward, optional, optional, grad, grad, stats, inputs)
+    yield _spec(f"qkv_norm forward {name}", forward, grad.nbytes * (6 if masked else 3), ROW_VALUES)
+    yield _spec(f"qkv_norm backward {name}", backward, grad.nbytes * (8 if masked else 4), ROW_VALUES)
 
 
 def _squared_error() -> Iterator[Spec]:
-    for model, batch, tokens, width in (("ViT-L B256", 256, 98, 1024), ("ViT-H B128", 128, 128, 1280)):
-        (rows, block), count = error_tile(width), batch * tokens
-        shared = _pointers("bf16", "prediction", "target") | _integers(num_rows=count, num_tokens=tokens)
-        shared |= {"batch_stride": "i32:16", "token_stride": "i32:16", "share": "fp32"}
-        shared |= {"D": width, "ROWS": rows, "BLOCK": block}
-        backward = shared | {"grad": "*fp32:16", "out": "*bf16:16"}
-        for name, kernel, signature, programs, passes in (
-            ("forward", error_forward, shared | {"partial": "*fp32:16"}, ERROR_PROGRAMS, 2),
-            ("backward", error_backward, backward, triton.cdiv(count, rows), 3),
-        ):
-            yield Spec(
-                f"squared_error {name} {model}",
-                kernel,
-                signature,
-                num_warps=ERROR_WARPS,
-                num_stages=3,
-                programs=programs,
-                bytes=passes * 2 * count * width,
-            )
+    op = _op("squared_error")
+    for model, batch, n, width, _ in MODELS:
+        prediction, target = _new(batch, n, width), _new(batch, n + 1, width)[:, 1:]
+        forward = partial(op._forward, prediction, target)
+        backward = partial(op._backward, _new(dtype=FP32), prediction, target)
+        yield _spec(f"squared_error forward {model} B{batch}", forward, 2 * prediction.nbytes)
+        yield _spec(f"squared_error backward {model} B{batch}", backward, 3 * prediction.nbytes)

@@ -73,7 +73,7 @@ def test_the_split_does_not_change_the_result(splits, monkeypatch):
     torch.manual_seed(1)
     x, weight = integers((20, 64), torch.bfloat16), integers((8191, 64), torch.bfloat16)
     tiles = -(-32 // splits)
-    monkeypatch.setattr(module, "splits_of", lambda row_blocks, code_tiles: (-(-code_tiles // tiles), tiles))
+    monkeypatch.setattr(module, "_splits", lambda row_blocks, code_tiles: (-(-code_tiles // tiles), tiles))
     assert torch.equal(linear_argmax(x, weight), expected(x, weight))
 
 
