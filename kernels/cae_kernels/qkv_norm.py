@@ -338,7 +338,8 @@ def residual_norm_qkv(
 
 
 def _run(x, branch, gamma, keep, *, pos_embed, ids, norms, eps):
-    (weight_q, bias_q), (weight_k, bias_k), (weight_v, bias_v) = (norm or (None, None) for norm in norms)
+    norm_q, (weight_k, bias_k), (weight_v, bias_v) = norms
+    weight_q, bias_q = norm_q or (None, None)
     check_rows(x, branch, keep, (gamma, weight_q, bias_q, weight_k, bias_k, weight_v, bias_v))
     if ids.shape != x.shape[:2] or pos_embed.shape[1:] != x.shape[2:]:
         raise ValueError(

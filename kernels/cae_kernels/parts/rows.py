@@ -4,6 +4,8 @@ B batch, n tokens, D width, P programs, K parameter vectors.
 A program works on a tile of ROWS rows and BLOCK columns, the power of two that holds D; statistics are float32.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -34,7 +36,7 @@ def block_of(width: int) -> int:
     return max(SMALLEST_BLOCK, 1 << (width - 1).bit_length())
 
 
-def launch_of(x: Tensor, table: dict[int, tuple[int, ...]]) -> tuple[int, dict[str, int]]:
+def launch_of(x: Tensor, table: Mapping[int, tuple[int, ...]]) -> tuple[int, dict[str, int]]:
     """Programs, and what a kernel is told about x, (B, n, D) with contiguous rows."""
     batch, tokens, width = x.shape
     block = block_of(width)
