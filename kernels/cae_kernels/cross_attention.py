@@ -63,7 +63,9 @@ def cross_attention_backward_reference(
 
     sizes = (k_visible.shape[1], k_masked.shape[1])
     dq, dk, dv = (x.transpose(1, 2).to(k_visible.dtype) for x in (dq, dk, dv))
-    (dk_visible, dk_masked), (dv_visible, dv_masked) = dk.split(sizes, 1), dv.split(sizes, 1)
+    (dk_visible, dk_masked), (dv_visible, dv_masked) = (
+        [part.clone(memory_format=torch.contiguous_format) for part in x.split(sizes, 1)] for x in (dk, dv)
+    )
     return dq, dk_visible, dv_visible, dk_masked, dv_masked
 
 
