@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import backend
-from .parts.philox import STREAM_MASK, draw, draw_in_kernel, signed, uniform, uniform_in_kernel
+from .parts.philox import STREAM_MASK, draw, draw_words, signed, uniform, uniform_word
 from .parts.triton_language import tl, triton
 from .random_mask import SETTINGS, check_count, new_ids, store_ids
 
@@ -169,7 +169,7 @@ def _count_free(free: Tensor, start: Tensor, end: Tensor) -> Tensor:
 
 
 @triton.jit
-def _exp_in_kernel(x):
+def _exp_one(x):
     """As _exp."""
     x = x * 0.0625
     power = x * (1.0 / 720.0) + 1.0 / 120.0
@@ -185,7 +185,7 @@ def _exp_in_kernel(x):
 
 
 @triton.jit
-def _place_in_kernel(limit, stretch, area, place, SIDE: tl.constexpr, MIN_BLOCK: tl.constexpr):
+def _place_one(limit, stretch, area, place, SIDE: tl.constexpr, MIN_BLOCK: tl.constexpr):
     """Start and length of a proposal along one side."""
     root = tl.sqrt_rn((limit - MIN_BLOCK) * area + MIN_BLOCK)
     length = tl.minimum(tl.floor(root * stretch + 0.5), SIDE)
@@ -211,15 +211,13 @@ def _block_kernel(
     proposal = tl.program_id(0) * 0
 
     while (proposal < MAX_PROPOSALS) & (remaining > 0.0):
-        area, aspect, vertical, horizontal = draw_in_kernel(
-            proposal.to(tl.uint32), position, seed_low, seed_high, STREAM
-        )
-        stretch = _exp_in_kernel(uniform_in_kernel(aspect) * LOG_SLOPE + LOG_START)
+        area, aspect, vertical, horizontal = draw_words(proposal.to(tl.uint32), position, seed_low, seed_high, STREAM)
+        stretch = _exp_one(uniform_word(aspect) * LOG_SLOPE + LOG_START)
         limit = tl.minimum(remaining, MAX_BLOCK)
-        area = uniform_in_kernel(area)
-        top, rows = _place_in_kernel(limit, stretch, area, uniform_in_kernel(vertical), HEIGHT, MIN_BLOCK)
+        area = uniform_word(area)
+        top, rows = _place_one(limit, stretch, area, uniform_word(vertical), HEIGHT, MIN_BLOCK)
         stretch = tl.div_rn(1.0, stretch)
-        left, columns = _place_in_kernel(limit, stretch, area, uniform_in_kernel(horizontal), WIDTH, MIN_BLOCK)
+        left, columns = _place_one(limit, stretch, area, uniform_word(horizontal), WIDTH, MIN_BLOCK)
 
         inside = (row >= top) & (row < top + rows) & (column >= left) & (column < left + columns)
         new = tl.sum(tl.where(inside, free, 0.0), 0)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import backend
-from .parts.philox import STREAM_DROP_PATH, draw, draw_in_kernel, signed, uniform, uniform_in_kernel
+from .parts.philox import STREAM_DROP_PATH, draw, draw_words, signed, uniform, uniform_word
 from .parts.triton_language import tl, triton
 
 BLOCK = 128
@@ -39,7 +39,7 @@ def drop_path_scales_reference(seed: int, positions: Tensor, rates: Tensor) -> T
 def _store_scale(scales, rates, branch, word, sample, batch, branches):
     inside = (sample < batch) & (branch < branches)
     rate = tl.load(rates + branch, mask=branch < branches, other=0.0)
-    kept = uniform_in_kernel(word) >= rate
+    kept = uniform_word(word) >= rate
     scale = tl.where(kept, tl.div_rn(1.0, 1.0 - rate), 0.0)
     tl.store(scales + branch.to(tl.int64) * batch + sample, scale, mask=inside)
 
@@ -55,7 +55,7 @@ def _kernel(
     sample = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     position = tl.load(positions + sample, mask=sample < batch, other=0)
     draws = (sample * 0 + number).to(tl.uint32)
-    first, second, third, fourth = draw_in_kernel(draws, position, seed_low, seed_high, STREAM)
+    first, second, third, fourth = draw_words(draws, position, seed_low, seed_high, STREAM)
     _store_scale(scales, rates, 4 * number, first, sample, batch, branches)
     _store_scale(scales, rates, 4 * number + 1, second, sample, batch, branches)
     _store_scale(scales, rates, 4 * number + 2, third, sample, batch, branches)

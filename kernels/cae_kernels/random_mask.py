@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import backend
-from .parts.philox import STREAM_MASK, draw, draw_in_kernel, signed
+from .parts.philox import STREAM_MASK, draw, draw_words, signed
 from .parts.triton_language import tl, triton
 
 SETTINGS = {"num_warps": 1, "num_stages": 1, "enable_fp_fusion": False}
@@ -52,7 +52,7 @@ def _random_kernel(
     image = tl.program_id(0).to(tl.int64)
     patch = tl.arange(0, BLOCK)
     draw = (patch // 4).to(tl.uint32)
-    first, second, third, fourth = draw_in_kernel(draw, tl.load(positions + image), seed_low, seed_high, STREAM)
+    first, second, third, fourth = draw_words(draw, tl.load(positions + image), seed_low, seed_high, STREAM)
     word = patch % 4
     number = tl.where(word == 0, first, tl.where(word == 1, second, tl.where(word == 2, third, fourth)))
     key = number.to(tl.int64) * BLOCK + patch  # all different: equal numbers in the order of their patches

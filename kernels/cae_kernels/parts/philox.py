@@ -55,7 +55,7 @@ def draw(seed: int, stream: int, draws: Tensor, positions: Tensor) -> tuple[Tens
 
 
 @triton.jit
-def draw_in_kernel(draw, position, seed_low, seed_high, STREAM: tl.constexpr):
+def draw_words(draw, position, seed_low, seed_high, STREAM: tl.constexpr):
     """`draw` in a kernel; draw: uint32, position: int64, of one shape or scalars; the seed in halves of `signed`."""
     zero = draw & 0
     low, high = position.to(tl.uint32), (position >> 32).to(tl.uint32)
@@ -64,7 +64,7 @@ def draw_in_kernel(draw, position, seed_low, seed_high, STREAM: tl.constexpr):
 
 
 @triton.jit
-def uniform_in_kernel(bits):
+def uniform_word(bits):
     return (bits >> 8).to(tl.float32) * (2.0**-24)
 
 
