@@ -39,7 +39,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.11",
-    packages=[*find_packages(include=["cae_fast", "cae_fast.*"]), "cae_kernels"],
+    packages=[*find_packages(include=["cae_fast", "cae_fast.*"]), *find_packages("kernels")],
     package_dir={"cae_fast": "cae_fast", "cae_kernels": "kernels/cae_kernels"},
     package_data={"cae_fast.data": ["bundled/**/*"]},
     install_requires=[

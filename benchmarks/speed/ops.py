@@ -35,7 +35,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.record import device_lost, earlier_rows, record, save, settled, start_again
 from benchmarks.speed.timing import copies_past_cache, copy_bandwidth, graphed, product_rate, time_ms
 from cae_kernels import (
-    alignment_loss,
     attention,
     bias_relu,
     bias_residual_relu,
@@ -48,6 +47,7 @@ from cae_kernels import (
     norm_qkv,
     residual_norm,
     residual_norm_qkv,
+    squared_error,
 )
 from cae_kernels.dispatch import BACKENDS, why_not
 
@@ -172,7 +172,7 @@ def token_cases(s: Sizes) -> Iterator[Case]:
     )
     prediction = [s.rows(s.half)]
     moved = 2 * s.masked_stream, 3 * s.masked_stream
-    yield s.case("alignment_loss", lambda x: alignment_loss(x, target), prediction, *moved)
+    yield s.case("squared_error", lambda x: squared_error(x, target), prediction, *moved)
 
 
 def product_cases(s: Sizes) -> Iterator[Case]:

@@ -16,7 +16,7 @@ ANNOTATIONS = {"inputs": "tokenizer", "tokenizer": "tokenizer", "optimizer": "op
 RULES = tuple(
     (part, re.compile(pattern, re.IGNORECASE))
     for part, pattern in (
-        ("losses", r"log_?softmax|nll_loss|cross_entropy|alignment_loss|mse_loss"),
+        ("losses", r"log_?softmax|nll_loss|cross_entropy|squared_error|mse_loss"),
         ("optimizer", r"adamw|multi_tensor|_foreach_|lpnorm"),
         ("attention", r"attention|flash|fmha|sdpa|scaled_dot_product|\bbmm|baddbmm|softmax"),
         ("GEMM", r"gemm|nvjet|cutlass|xmma|splitk|cublas|conv(?!ert)|aten::(addmm|mm|linear|matmul)\b|mkldnn"),

@@ -30,12 +30,12 @@ from cae_fast.models.vit import (
 )
 from cae_kernels import (
     QKV,
-    alignment_loss,
     cross_attention,
     linear_cross_entropy,
     norm_qkv,
     residual_norm,
     residual_norm_qkv,
+    squared_error,
 )
 
 # patch_size, embed_dim, depth, num_heads, decoder_embed_dim, decoder_num_heads, layer_scale_init
@@ -323,7 +323,7 @@ class ContextAutoencoder(nn.Module):
             return CaeLosses(main, main.detach(), torch.zeros_like(main), accuracy)
         with torch.no_grad():
             target_latents = self.to_regressor_width(self.encoder.encode(masked_tokens, keeps[1])[:, 1:])
-        alignment = alignment_loss(latents, target_latents)
+        alignment = squared_error(latents, target_latents)
         total = main + self.alignment_weight * alignment
         return CaeLosses(total, main.detach(), alignment.detach(), accuracy)
 
@@ -333,4 +333,4 @@ class ContextAutoencoder(nn.Module):
             return linear_cross_entropy(features.flatten(0, 1), head.weight, head.bias, targets.flatten())
         if self.cosine_loss:
             return 1 - F.cosine_similarity(head(features).float(), targets.float(), dim=-1).mean(), None
-        return alignment_loss(head(features), targets), None
+        return squared_error(head(features), targets), None

@@ -1,10 +1,9 @@
 """Fused ops of the context autoencoder; every op has a plain torch reference beside it."""
 
 from .adamw import adamw, adamw_state
-from .alignment_loss import alignment_loss
 from .attention import attention
 from .bias_relu import bias_relu, bias_residual_relu, conv2d_and_bias
-from .block_mask import block_mask, random_mask
+from .block_mask import block_mask
 from .cross_attention import cross_attention
 from .drop_path import drop_path_scales
 from .gather_tokens import gather_tokens
@@ -12,13 +11,14 @@ from .linear_argmax import linear_argmax
 from .linear_cross_entropy import linear_cross_entropy
 from .linear_gelu import linear_gelu
 from .qkv_norm import QKV, norm_qkv, residual_norm_qkv
+from .random_mask import random_mask
 from .residual_norm import layer_norm, residual_norm
+from .squared_error import squared_error
 
 __all__ = [
     "QKV",
     "adamw",
     "adamw_state",
-    "alignment_loss",
     "attention",
     "bias_relu",
     "bias_residual_relu",
@@ -35,4 +35,5 @@ __all__ = [
     "random_mask",
     "residual_norm",
     "residual_norm_qkv",
+    "squared_error",
 ]

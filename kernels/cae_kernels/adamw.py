@@ -18,8 +18,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
 
 from .dispatch import backend
-from .report_spec import Spec
-from .triton_language import tl, triton
+from .parts.triton_language import tl, triton
 
 CHUNK = 1024
 NUM_WARPS = 4
@@ -65,18 +64,19 @@ def adamw_state(masters: Sequence[Tensor], weights: Sequence[Tensor], weight_dec
 def _check(name: str, tensors: Sequence[Tensor], masters: Sequence[Tensor], types: tuple[torch.dtype, ...]) -> None:
     if len(tensors) != len(masters):
         raise ValueError(f"adamw: {len(tensors)} {name} of {len(masters)} parameters")
+    device, dtype = masters[0].device, tensors[0].dtype
     for index, (tensor, master) in enumerate(zip(tensors, masters, strict=True)):
-        if tensor.shape != master.shape or tensor.device != masters[0].device or not tensor.is_contiguous():
-            raise ValueError(
-                f"adamw: {name}[{index}] must be contiguous, on {masters[0].device} and of shape {tuple(master.shape)}"
-            )
-        if tensor.dtype not in types or tensor.dtype != tensors[0].dtype:
+        if tensor.shape != master.shape or tensor.device != device or not tensor.is_contiguous():
+            shape = tuple(master.shape)
+            raise ValueError(f"adamw: {name}[{index}] must be contiguous, on {device} and of shape {shape}")
+        if tensor.dtype not in types or tensor.dtype != dtype:
             raise ValueError(f"adamw: {name}[{index}] is {tensor.dtype}; all must have the same of {types}")
 
 
 def adamw_reference(
     state: AdamWState,
     gradients: Sequence[Tensor],
+    *,
     lr: float,
     betas: tuple[float, float],
     eps: float,
@@ -86,6 +86,7 @@ def adamw_reference(
     """torch's fused AdamW, a group for each weight decay; found_inf is how GradScaler has it skip on the device."""
     found_inf = (skip != 0).float()
     scaled = torch._foreach_mul([gradient.float() for gradient in gradients], clip_factor)
+
     for decay in dict.fromkeys(state.weight_decays):
         own = [index for index, value in enumerate(state.weight_decays) if value == decay]
         torch_adamw(
@@ -105,6 +106,7 @@ def adamw_reference(
             eps=eps,
             maximize=False,
         )
+
     state.step += 1.0 - found_inf
     if state.has_copies():
         torch._foreach_copy_(state.weights, state.masters)
@@ -120,8 +122,9 @@ def _pointer(address, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit
 def _update(
-    addresses, num_tensors, start, size, decay, clip_factor, step, lr, beta1, share1, log_beta1, beta2, share2,
-    log_beta2, eps,
+    addresses, num_tensors,  # of one tensor, in a table of five rows of P; P
+    start, size,  # first element of this block; elements of the tensor
+    decay, clip_factor, step, lr, beta1, share1, log_beta1, beta2, share2, log_beta2, eps,  # as of the kernel
     GRADIENT: tl.constexpr, WEIGHT: tl.constexpr, ALIGNED: tl.constexpr, FULL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     offsets = start + tl.arange(0, BLOCK)
@@ -130,6 +133,7 @@ def _update(
     master = _pointer(addresses + num_tensors, tl.float32, ALIGNED) + offsets
     exp_avg = _pointer(addresses + 2 * num_tensors, tl.float32, ALIGNED) + offsets
     exp_avg_sq = _pointer(addresses + 3 * num_tensors, tl.float32, ALIGNED) + offsets
+
     g = tl.load(gradient, mask=inside, other=0.0).to(tl.float32) * clip_factor
     p = tl.load(master, mask=inside, other=0.0)
     m = beta1 * tl.load(exp_avg, mask=inside, other=0.0) + share1 * g
@@ -139,6 +143,7 @@ def _update(
     correction2 = (1.0 - tl.exp(step.to(tl.float64) * log_beta2)).to(tl.float32)
     denominator = tl.sqrt_rn(v) * (1.0 / tl.sqrt_rn(correction2)) + eps
     p = p * (1.0 - lr * decay) - lr / correction1 * tl.div_rn(m, denominator)
+
     tl.store(exp_avg, m, mask=inside)
     tl.store(exp_avg_sq, v, mask=inside)
     tl.store(master, p, mask=inside)
@@ -149,9 +154,14 @@ def _update(
 
 @triton.jit
 def _kernel(
-    addresses, sizes, decays, chunk_tensors, chunk_starts, num_tensors, clip_factor, skip, step, lr, beta1, share1,
-    log_beta1, beta2, share2, log_beta2, eps,
-    GRADIENT: tl.constexpr, WEIGHT: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, PIECE: tl.constexpr,
+    addresses,  # (5, P) int64: of gradients, masters, exp_avg, exp_avg_sq, weights
+    sizes, decays,  # (P,) int64, float32
+    chunk_tensors, chunk_starts,  # (C,) int64: the tensor of each chunk and its first element there
+    num_tensors,  # P
+    clip_factor, skip, step,  # scalars on the device
+    lr, beta1, share1, log_beta1, beta2, share2, log_beta2, eps,  # share = 1 - beta
+    GRADIENT: tl.constexpr, WEIGHT: tl.constexpr,  # types; None where weights are the masters
+    ALIGNED: tl.constexpr, CHUNK: tl.constexpr, PIECE: tl.constexpr,  # all addresses are multiples of 16
 ):  # fmt: skip
     if tl.load(skip) == 0:
         chunk = tl.program_id(0)
@@ -160,17 +170,22 @@ def _kernel(
         size, decay = tl.load(sizes + tensor), tl.load(decays + tensor)
         factor, taken = tl.load(clip_factor), tl.load(step)
         own = addresses + tensor
+
         # A mask of unknown length makes every access narrow: only in what is left of a tensor after whole chunks.
         if start + CHUNK <= size:
             _update(
-                own, num_tensors, start, size, decay, factor, taken, lr, beta1, share1, log_beta1, beta2, share2,
-                log_beta2, eps, GRADIENT, WEIGHT, ALIGNED, True, CHUNK,
+                addresses=own, num_tensors=num_tensors, start=start, size=size, decay=decay, clip_factor=factor,
+                step=taken, lr=lr, beta1=beta1, share1=share1, log_beta1=log_beta1, beta2=beta2, share2=share2,
+                log_beta2=log_beta2, eps=eps,
+                GRADIENT=GRADIENT, WEIGHT=WEIGHT, ALIGNED=ALIGNED, FULL=True, BLOCK=CHUNK,
             )  # fmt: skip
         else:
             for piece in range(start, size, PIECE):
                 _update(
-                    own, num_tensors, piece, size, decay, factor, taken, lr, beta1, share1, log_beta1, beta2, share2,
-                    log_beta2, eps, GRADIENT, WEIGHT, ALIGNED, False, PIECE,
+                    addresses=own, num_tensors=num_tensors, start=piece, size=size, decay=decay, clip_factor=factor,
+                    step=taken, lr=lr, beta1=beta1, share1=share1, log_beta1=log_beta1, beta2=beta2, share2=share2,
+                    log_beta2=log_beta2, eps=eps,
+                    GRADIENT=GRADIENT, WEIGHT=WEIGHT, ALIGNED=ALIGNED, FULL=False, BLOCK=PIECE,
                 )  # fmt: skip
 
 
@@ -189,29 +204,21 @@ def _tables(state: AdamWState) -> dict[str, Tensor]:
 
 def _refresh_addresses(state: AdamWState, gradients: Sequence[Tensor]) -> None:
     """The table of addresses, copied to the device again only when a tensor has moved, without waiting for it."""
-    lists = (gradients, state.masters, state.exp_avg, state.exp_avg_sq, state.weights)
+    lists = gradients, state.masters, state.exp_avg, state.exp_avg_sq, state.weights
     addresses = tuple(tensor.data_ptr() for tensors in lists for tensor in tensors)
     if addresses == state._addresses:
         return
-    table = torch.tensor(addresses)
-    device = state.masters[0].device
-    if device.type == "cuda":
-        table = table.pin_memory().to(device, non_blocking=True)
-    state._tables["addresses"], state._addresses = table, addresses  # (5 * P,)
+    table = torch.tensor(addresses)  # (5 * P,)
+    if state.step.is_cuda:
+        table = table.pin_memory().to(state.step.device, non_blocking=True)
+    state._tables["addresses"], state._addresses = table, addresses
 
 
-def _launch(
-    state: AdamWState,
-    gradients: Sequence[Tensor],
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    clip_factor: Tensor,
-    skip: Tensor,
-) -> None:
+def _launch(state: AdamWState, gradients: Sequence[Tensor], *, lr, betas, eps, clip_factor, skip) -> None:
     state._tables = state._tables or _tables(state)
     _refresh_addresses(state, gradients)
     state.step += skip == 0
+
     kinds = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
     _kernel[(len(state._tables["chunk_tensors"]),)](
         **state._tables,
@@ -240,15 +247,7 @@ def _log(beta: float) -> float:
     return math.log(beta) if beta > 0 else -1e4
 
 
-def _apex(
-    state: AdamWState,
-    gradients: Sequence[Tensor],
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    clip_factor: Tensor,
-    skip: Tensor,
-) -> None:
+def _apex(state: AdamWState, gradients: Sequence[Tensor], *, lr, betas, eps, clip_factor, skip) -> None:
     """The kernel of NVIDIA apex's FusedAdam(capturable=True); float32 gradients are overwritten by clipped ones."""
     import amp_C
     from apex.multi_tensor_apply import multi_tensor_applier
@@ -257,6 +256,7 @@ def _apex(
     skipped, steps = (skip != 0).to(torch.int32).view(1), state.step.to(torch.int32).view(1)
     rate = torch.full((1,), lr, dtype=torch.float32, device=state.step.device)
     lists = [gradient.float() for gradient in gradients], state.masters, state.exp_avg, state.exp_avg_sq
+
     for decay in dict.fromkeys(state.weight_decays):
         group = [
             [tensor for tensor, own in zip(tensors, state.weight_decays, strict=True) if own == decay]
@@ -275,6 +275,7 @@ def _apex(
             decay,
             clip_factor.view(1),
         )
+
     if state.has_copies():
         torch._foreach_copy_(state.weights, state.masters)
 
@@ -299,28 +300,4 @@ def adamw(
     """
     _check("gradients", gradients, state.masters, (torch.float32, torch.bfloat16))
     run = {"triton": _launch, "reference": adamw_reference, "apex": _apex}[backend("adamw", state.step)]
-    run(state, gradients, lr, betas, eps, clip_factor, skip)
-
-
-def report_specs() -> list[Spec]:
-    pointers = {"addresses": "*i64:16", "sizes": "*i64:16", "decays": "*fp32:16"}
-    pointers |= {"chunk_tensors": "*i64:16", "chunk_starts": "*i64:16", "num_tensors": "i32"}
-    scalars = dict.fromkeys(("lr", "beta1", "share1", "log_beta1", "beta2", "share2", "log_beta2", "eps"), "fp32")
-    scalars |= dict.fromkeys(("clip_factor", "skip", "step"), "*fp32:16")
-    specs = []
-    for model, parameters in (("ViT-L", 412_320_768), ("ViT-H", 798_427_392)):
-        for gradient, weight, size in (("bf16", "bf16", 28), ("fp32", None, 28)):
-            kinds = {"bf16": tl.bfloat16, "fp32": tl.float32, None: None}
-            constants = {
-                "GRADIENT": kinds[gradient],
-                "WEIGHT": kinds[weight],
-                "ALIGNED": True,
-                "CHUNK": CHUNK,
-                "PIECE": PIECE,
-            }
-            programs = triton.cdiv(parameters, CHUNK)
-            signature = pointers | scalars | constants
-            narrow = "a parameter's last chunk has a mask of unknown length"
-            name = f"adamw {model} {gradient}"
-            specs.append(Spec(name, _kernel, signature, NUM_WARPS, 3, programs, 0, size * parameters, narrow=narrow))
-    return specs
+    run(state, gradients, lr=lr, betas=betas, eps=eps, clip_factor=clip_factor, skip=skip)

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention_libraries import library_attention
-from .attention_tiles import (
+from .dispatch import backend
+from .parts.attention_libraries import library_attention
+from .parts.attention_tiles import (
     LOG2E,
     add_rank_one,
     dot_row,
@@ -35,9 +36,8 @@ from .attention_tiles import (
     weighted,
     weighted_rows,
 )
-from .dispatch import backend, custom_ops_wanted
-from .report_spec import Spec
-from .triton_language import INTERPRETED, tl, triton
+from .parts.registration import fused_op
+from .parts.triton_language import tl, triton
 
 MAX_TOKENS = 129
 NUM_WARPS = {16: 4, 32: 4, 64: 4, 128: 8}  # by rows of the tile; with 4, 128 rows spill
@@ -52,44 +52,28 @@ def attention_backward_reference(dout: Tensor, qkv: Tensor, scale: float) -> Ten
     wide = torch.float64 if qkv.dtype == torch.float64 else torch.float32
     query, key, value = qkv.to(wide).permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, C) each
     dout = dout.to(wide).transpose(1, 2)  # (B, H, N, C)
+
     p = (scale * query @ key.mT).softmax(-1)  # (B, H, N, N)
     dp = dout @ value.mT
     ds = scale * p * (dp - (p * dp).sum(-1, keepdim=True))
     dqkv = torch.stack((ds @ key, ds.mT @ query, p.mT @ dout))  # (3, B, H, N, C)
-    return dqkv.permute(1, 3, 0, 2, 4).to(qkv.dtype).contiguous()
+    return dqkv.permute(1, 3, 0, 2, 4).to(qkv.dtype)
 
 
 @triton.jit
-def _forward_kernel(
-    qkv, out, image, row, part, head, n, scale,
-    H: tl.constexpr, C: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr, ROWS: tl.constexpr, EXTRA: tl.constexpr,
-):  # fmt: skip
-    batch, number = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
-    query = qkv + batch * image + number * head
-    key, value = query + part, query + 2 * part
-    out += (batch * n * H + number) * C
-    rows = n - EXTRA
-    q = load_tile(query, rows, row, ROWS, C, C1, C2)
-    k = load_tile(key, rows, row, ROWS, C, C1, C2)
-    v = load_tile(value, rows, row, ROWS, C, C1, C2)
-    if EXTRA:
-        extra_k = load_row(key + rows * row, C, C1, C2)
-        column = dot_row(q, extra_k, C2) * (scale * LOG2E)
-        p_line, p_corner = _extra_softmax(load_row(query + rows * row, C, C1, C2), k, extra_k, scale, C2)
-        extra = weighted_rows(p_line, v, p_corner, load_row(value + rows * row, C, C1, C2), C2)
-        store_row(out + rows * H * C, extra, C, C1, C2)
+def _exponentials(q, k, column, rows, scale, C2: tl.constexpr, EXTRA: tl.constexpr):
+    """Unnormalized probabilities of the tile's keys (ROWS, ROWS), of the extra key (ROWS,), and their sums (ROWS,)."""
     scores = log2_scores(q, k, rows, scale, C2)
     top = tl.max(scores, 1)
     if EXTRA:
         top = tl.maximum(top, column)
     p = tl.exp2(scores - top[:, None])
     total = tl.sum(p, 1)
-    result = weighted(p.to(v[0].dtype), v, C2)
+    p_column = total
     if EXTRA:
         p_column = tl.exp2(column - top)
         total += p_column
-        result = add_rank_one(result, p_column, load_row(value + rows * row, C, C1, C2), C2)
-    store_tile(out, scaled(result, (1.0 / total)[:, None]), rows, H * C, C, C1, C2)
+    return p, p_column, total
 
 
 @triton.jit
@@ -112,9 +96,51 @@ def _extra_gradients(p_line, p_corner, extra_g, v, extra_v, scale, C2: tl.conste
 
 
 @triton.jit
+def _forward_kernel(
+    qkv,  # (B, N, 3, H, C), columns side by side
+    out,  # (B, N, H, C), contiguous
+    image, row, part, head,  # strides of qkv: of an image, a token, from query to key to value, of a head
+    n, scale,  # N; float32 factor on the scores
+    H: tl.constexpr, C: tl.constexpr,
+    C1: tl.constexpr, C2: tl.constexpr,  # blocks of columns
+    ROWS: tl.constexpr, EXTRA: tl.constexpr,  # rows of the tile; whether one token is left over
+):  # fmt: skip
+    batch, number = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
+    query = qkv + batch * image + number * head
+    key, value = query + part, query + 2 * part
+    out += (batch * n * H + number) * C
+    rows = n - EXTRA
+    q = load_tile(query, rows, row, ROWS, C, C1, C2)
+    k = load_tile(key, rows, row, ROWS, C, C1, C2)
+    v = load_tile(value, rows, row, ROWS, C, C1, C2)
+
+    # The extra token: its own query first, then what its key adds to the tile's queries.
+    column = 0.0
+    if EXTRA:
+        extra_k = load_row(key + rows * row, C, C1, C2)
+        column = dot_row(q, extra_k, C2) * (scale * LOG2E)
+        p_line, p_corner = _extra_softmax(load_row(query + rows * row, C, C1, C2), k, extra_k, scale, C2)
+        extra = weighted_rows(p_line, v, p_corner, load_row(value + rows * row, C, C1, C2), C2)
+        store_row(out + rows * H * C, extra, C, C1, C2)
+
+    p, p_column, total = _exponentials(q, k, column, rows, scale, C2, EXTRA)
+    result = weighted(p.to(v[0].dtype), v, C2)
+    if EXTRA:
+        result = add_rank_one(result, p_column, load_row(value + rows * row, C, C1, C2), C2)
+    store_tile(out, scaled(result, (1.0 / total)[:, None]), rows, H * C, C, C1, C2)
+
+
+@triton.jit
 def _backward_kernel(
-    dout, qkv, dqkv, dout_image, dout_row, dout_head, image, row, part, head, n, scale,
-    H: tl.constexpr, C: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr, ROWS: tl.constexpr, EXTRA: tl.constexpr,
+    dout,  # (B, N, H, C), columns side by side
+    qkv,  # (B, N, 3, H, C), columns side by side
+    dqkv,  # (B, N, 3, H, C), contiguous
+    dout_image, dout_row, dout_head,  # strides of dout: of an image, a token, a head
+    image, row, part, head,  # strides of qkv: of an image, a token, from query to key to value, of a head
+    n, scale,  # N; float32 factor on the scores
+    H: tl.constexpr, C: tl.constexpr,
+    C1: tl.constexpr, C2: tl.constexpr,  # blocks of columns
+    ROWS: tl.constexpr, EXTRA: tl.constexpr,  # rows of the tile; whether one token is left over
 ):  # fmt: skip
     batch, number = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
     query = qkv + batch * image + number * head
@@ -127,6 +153,9 @@ def _backward_kernel(
     k = load_tile(key, rows, row, ROWS, C, C1, C2)
     g = load_tile(dout, rows, dout_row, ROWS, C, C1, C2)
     v = load_tile(value, rows, row, ROWS, C, C1, C2)
+
+    # The extra token's query; what its key and value need waits for the tile's probabilities.
+    column = 0.0
     if EXTRA:
         extra_q, extra_k = load_row(query + rows * row, C, C1, C2), load_row(key + rows * row, C, C1, C2)
         extra_g, extra_v = load_row(dout + rows * dout_row, C, C1, C2), load_row(value + rows * row, C, C1, C2)
@@ -136,27 +165,23 @@ def _backward_kernel(
         end = rows * (3 * H * C)
         store_row(dquery + end, weighted_rows(ds_line, k, ds_corner, extra_k, C2), C, C1, C2)
         tl.debug_barrier()  # so that rows and tiles used again are read again, not kept in registers
-    p = log2_scores(q, k, rows, scale, C2)
-    top = tl.max(p, 1)
-    if EXTRA:
-        top = tl.maximum(top, column)
-    p = tl.exp2(p - top[:, None])
-    total = tl.sum(p, 1)
-    if EXTRA:
-        p_column = tl.exp2(column - top)
-        total += p_column
-        p_column = p_column * (1.0 / total)
+
+    p, p_column, total = _exponentials(q, k, column, rows, scale, C2, EXTRA)
+    p_column = p_column * (1.0 / total)
     p = p * (1.0 / total)[:, None]
+
     dv = weighted(tl.trans(p.to(q[0].dtype)), g, C2)
     if EXTRA:
         dv = add_rank_one(dv, p_line, load_row(dout + rows * dout_row, C, C1, C2), C2)
     store_tile(dvalue, dv, rows, 3 * H * C, C, C1, C2)
+
     dp = outer(g, v, C2)
     delta = tl.sum(p * dp, 1)
     if EXTRA:
         delta += p_column * dp_column
         ds_column = scale * p_column * (dp_column - delta)
     ds = (scale * p * (dp - delta[:, None])).to(q[0].dtype)
+
     dq = weighted(ds, k, C2)
     if EXTRA:
         dq = add_rank_one(dq, ds_column, load_row(key + rows * row, C, C1, C2), C2)
@@ -165,9 +190,9 @@ def _backward_kernel(
     if EXTRA:
         dk = add_rank_one(dk, ds_line, load_row(query + rows * row, C, C1, C2), C2)
     store_tile(dkey, dk, rows, 3 * H * C, C, C1, C2)
+
     if EXTRA:
-        g = load_tile(dout, rows, dout_row, ROWS, C, C1, C2)
-        extra_g = load_row(dout + rows * dout_row, C, C1, C2)
+        g, extra_g = load_tile(dout, rows, dout_row, ROWS, C, C1, C2), load_row(dout + rows * dout_row, C, C1, C2)
         store_row(dvalue + end, weighted_rows(p_column, g, p_corner, extra_g, C2), C, C1, C2)
         q, extra_q = load_tile(query, rows, row, ROWS, C, C1, C2), load_row(query + rows * row, C, C1, C2)
         store_row(dkey + end, weighted_rows(ds_column, q, ds_corner, extra_q, C2), C, C1, C2)
@@ -179,72 +204,52 @@ def tile_of(n_tokens: int) -> tuple[int, bool]:
     return tile_rows(n_tokens - extra), extra
 
 
-def _constants(qkv: Tensor) -> tuple:
-    _, n, _, heads, width = qkv.shape
-    return heads, width, *split_width(width), *tile_of(n)
+def _constants(n_tokens: int, heads: int, width: int) -> dict[str, int]:
+    """Constant arguments of both kernels."""
+    (first, second), (rows, extra) = split_width(width), tile_of(n_tokens)
+    return {"H": heads, "C": width, "C1": first, "C2": second, "ROWS": rows, "EXTRA": extra}
 
 
 def _forward(qkv: Tensor, scale: float) -> Tensor:
     qkv = qkv if qkv.stride(4) == 1 else qkv.contiguous()
+    image, row, part, head, _ = qkv.stride()
     batch, n, _, heads, width = qkv.shape
     out = qkv.new_empty(batch, n, heads, width)
-    constants = _constants(qkv)
-    rows = constants[4]
-    launch = _forward_kernel[(batch * heads,)]
-    options = {"num_warps": NUM_WARPS[rows], "maxnreg": most_registers(rows, constants[2:4])}
-    launch(qkv, out, *qkv.stride()[:4], n, scale, *constants, **options)
+    constants = _constants(n, heads, width)
+    rows = constants["ROWS"]
+
+    _forward_kernel[(batch * heads,)](
+        qkv=qkv, out=out, image=image, row=row, part=part, head=head, n=n, scale=scale, **constants,
+        num_warps=NUM_WARPS[rows], maxnreg=most_registers(rows, split_width(width)),
+    )  # fmt: skip
     return out
 
 
 def _backward(dout: Tensor, qkv: Tensor, scale: float) -> Tensor:
     qkv = qkv if qkv.stride(4) == 1 else qkv.contiguous()
     dout = dout if dout.stride(3) == 1 else dout.contiguous()
-    batch, n, _, heads, _ = qkv.shape
+    dout_image, dout_row, dout_head, _ = dout.stride()
+    image, row, part, head, _ = qkv.stride()
+    batch, n, _, heads, width = qkv.shape
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
-    constants = _constants(qkv)
-    strides = (*dout.stride()[:3], *qkv.stride()[:4])
-    launch = _backward_kernel[(batch * heads,)]
-    launch(dout, qkv, dqkv, *strides, n, scale, *constants, num_warps=NUM_WARPS[constants[4]])
+    constants = _constants(n, heads, width)
+
+    _backward_kernel[(batch * heads,)](
+        dout=dout, qkv=qkv, dqkv=dqkv, dout_image=dout_image, dout_row=dout_row, dout_head=dout_head,
+        image=image, row=row, part=part, head=head, n=n, scale=scale, **constants,
+        num_warps=NUM_WARPS[constants["ROWS"]],
+    )  # fmt: skip
     return dqkv
 
 
-def _contiguous_reference(qkv: Tensor, scale: float) -> Tensor:
-    return attention_reference(qkv, scale).contiguous()
-
-
-_forward_op = torch.library.custom_op("cae::attention", _contiguous_reference, mutates_args=())
-_backward_op = torch.library.custom_op("cae::attention_backward", attention_backward_reference, mutates_args=())
-for _device in ("cuda", "cpu") if INTERPRETED else ("cuda",):
-    _forward_op.register_kernel(_device, _forward)
-    _backward_op.register_kernel(_device, _backward)
-_forward_op.register_fake(lambda qkv, scale: qkv.new_empty(*qkv.shape[:2], *qkv.shape[3:]))
-_backward_op.register_fake(lambda dout, qkv, scale: torch.empty_like(qkv, memory_format=torch.contiguous_format))
-
-
-def _save(ctx, inputs, output) -> None:
-    ctx.save_for_backward(inputs[0])
-    ctx.scale = inputs[1]
-
-
-def _registered_backward(ctx, dout: Tensor):
-    (qkv,) = ctx.saved_tensors
-    return _backward_op(dout, qkv, ctx.scale), None
-
-
-_forward_op.register_autograd(_registered_backward, setup_context=_save)
-
-
-class _Function(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, qkv: Tensor, scale: float) -> Tensor:
-        ctx.save_for_backward(qkv)
-        ctx.scale = scale
-        return _forward(qkv, scale)
-
-    @staticmethod
-    def backward(ctx, dout: Tensor):
-        (qkv,) = ctx.saved_tensors
-        return _backward(dout, qkv, ctx.scale), None
+_attention = fused_op(
+    "attention",
+    run=_forward,
+    reference=lambda qkv, scale: attention_reference(qkv, scale).contiguous(),
+    fake=lambda qkv, scale: qkv.new_empty(*qkv.shape[:2], *qkv.shape[3:]),
+    back=_backward,
+    back_reference=attention_backward_reference,
+)
 
 
 def route(n_tokens: int, head_width: int = 64, dtype: torch.dtype = torch.bfloat16) -> str:
@@ -262,30 +267,8 @@ def attention(qkv: Tensor, scale: float) -> Tensor:
         raise ValueError(f"qkv has shape {tuple(qkv.shape)}: it must be (B, N, 3, H, C)")
     chosen = backend("attention", qkv)
     if chosen == "triton" and route(qkv.shape[1], qkv.shape[4], qkv.dtype) == "triton":
-        return (_forward_op if custom_ops_wanted() else _Function.apply)(qkv, scale)
+        return _attention(qkv, scale)
     if chosen in ("triton", "reference"):
         return attention_reference(qkv, scale)
     query, key, value = qkv.unbind(2)
     return library_attention(chosen, query, key, value, scale)
-
-
-def report_specs() -> list[Spec]:
-    """ViT-L B = 256 (98 patches and a class token) and ViT-H B = 128 (128 and a class token; 128 in the decoder)."""
-    specs = []
-    for model, batch, n, heads, width in (("ViT-L", 256, 99, 16, 64), ("ViT-H", 128, 129, 16, 80),
-                                          ("ViT-H decoder", 128, 128, 16, 80)):  # fmt: skip
-        rows, extra = tile_of(n)
-        tokens = "i32:16" if n % 16 == 0 else "i32"
-        common = (*("i32:16",) * 4, tokens, "fp32", heads, width, *split_width(width), rows, extra)
-        forward = ("*bf16:16", "*bf16:16", *common)
-        backward = (*("*bf16:16",) * 3, *("i32:16",) * 3, *common)
-        element, products = 2 * batch * n * heads * width, 2 * batch * heads * n * n * width
-        registers = {"maxnreg": most_registers(rows, split_width(width))}
-        for name, kernel, arguments, count, moved, options in (
-            ("forward", _forward_kernel, forward, 2, 4, registers), ("backward", _backward_kernel, backward, 5, 7, {}),
-        ):  # fmt: skip
-            signature = dict(zip(kernel.arg_names, arguments, strict=True))
-            narrow = "the class token's rows" if extra else ""
-            launch = NUM_WARPS[rows], 3, batch * heads, count * products, moved * element
-            specs.append(Spec(f"attention {name} {model}", kernel, signature, *launch, options, narrow))
-    return specs

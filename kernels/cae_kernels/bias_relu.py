@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dispatch import backend, custom_ops_wanted
-from .report_spec import Spec
-from .triton_language import INTERPRETED, tl, triton
+from .parts.registration import fused_op
+from .parts.triton_language import tl, triton
 
 BLOCK = {False: 2048, True: 1024}  # elements of out of a program, without and with pooling
 NUM_WARPS = 4
@@ -53,7 +53,10 @@ def _maximum(a, b):
 
 @triton.jit
 def _kernel(
-    x, bias, residual, total, out, size, height, width,
+    x,  # (B, H, W, C), contiguous
+    bias, residual,  # (C,) or None; as x, or None
+    total, out,  # the sum or None, its ReLU: as x, H and W halved where pooled; either may be x where they are not
+    size, height, width,  # elements of out; H, W
     CHANNELS: tl.constexpr, POOL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     start = tl.program_id(0).to(tl.int64) * BLOCK
@@ -66,6 +69,7 @@ def _kernel(
     shift = 0.0
     if bias is not None:
         shift = tl.load(bias + channel).to(tl.float32)
+
     if POOL:
         pixel = (start // CHANNELS).to(tl.int32) + place_in_pixel // CHANNELS
         row, column = pixel // (width // 2), pixel % (width // 2)
@@ -78,19 +82,23 @@ def _kernel(
         value = _maximum(value, _sum(x, residual, corner + CHANNELS, shift, inside))
     else:
         value = _sum(x, residual, start + place, shift, inside)
+
     if total is not None:
         tl.store(total + start + place, value.to(total.dtype.element_ty), mask=inside)
     tl.store(out + start + place, _maximum(value, 0.0).to(out.dtype.element_ty), mask=inside)
 
 
 def _launch(
-    x: Tensor, bias: Tensor | None, residual: Tensor | None, total: Tensor | None, out: Tensor, pool: bool
+    x: Tensor, bias: Tensor | None, residual: Tensor | None, *, total: Tensor | None, out: Tensor, pool: bool
 ) -> None:
-    if out.numel():
-        residual = None if residual is None else residual.contiguous(memory_format=torch.channels_last)
-        _kernel[(triton.cdiv(out.numel(), BLOCK[pool]),)](
-            x, bias, residual, total, out, out.numel(), *x.shape[2:], x.shape[1], pool, BLOCK[pool], num_warps=NUM_WARPS
-        )  # fmt: skip
+    if out.numel() == 0:
+        return
+    residual = None if residual is None else residual.contiguous(memory_format=torch.channels_last)
+    _, channels, height, width = x.shape
+    _kernel[(triton.cdiv(out.numel(), BLOCK[pool]),)](
+        x=x, bias=bias, residual=residual, total=total, out=out, size=out.numel(), height=height, width=width,
+        CHANNELS=channels, POOL=pool, BLOCK=BLOCK[pool], num_warps=NUM_WARPS,
+    )  # fmt: skip
 
 
 def _new(x: Tensor, pool: bool) -> Tensor:
@@ -103,10 +111,12 @@ def _fake(x, bias, residual, pool, with_sum):
     return _new(x, pool) if with_sum else x.new_empty(0), _new(x, pool)
 
 
-def _forward(x, bias, residual, pool, with_sum):
+def _forward(
+    x: Tensor, bias: Tensor | None, residual: Tensor | None, pool: bool, with_sum: bool
+) -> tuple[Tensor, Tensor]:
     x = x.contiguous(memory_format=torch.channels_last)
     total, out = _fake(x, bias, residual, pool, with_sum)
-    _launch(x, bias, residual, total if with_sum else None, out, pool)
+    _launch(x, bias, residual, total=total if with_sum else None, out=out, pool=pool)
     return total, out
 
 
@@ -118,10 +128,8 @@ def _functional_reference(
     return total if with_sum else x.new_empty(0), out
 
 
-_op = torch.library.custom_op("cae::bias_relu", _functional_reference, mutates_args=())
-for _device in ("cuda", "cpu") if INTERPRETED else ("cuda",):
-    _op.register_kernel(_device, _forward)
-_op.register_fake(_fake)
+# Registered for torch.compile only: in eager mode the functions below write into x.
+_bias_relu = fused_op("bias_relu", run=_forward, reference=_functional_reference, fake=_fake)
 
 
 def _by_kernel(x: Tensor, bias: Tensor | None, residual: Tensor | None) -> bool:
@@ -153,8 +161,8 @@ def bias_relu(x: Tensor, bias: Tensor | None, residual: Tensor | None = None) ->
     if not _by_kernel(x, bias, residual):
         return bias_relu_reference(x, bias, residual)
     if custom_ops_wanted():
-        return _op(x, bias, residual, False, False)[1]
-    _launch(x, bias, residual, None, x, False)
+        return _bias_relu(x, bias, residual, False, False)[1]
+    _launch(x, bias, residual, total=None, out=x, pool=False)
     return x
 
 
@@ -168,31 +176,7 @@ def bias_residual_relu(
     if not _by_kernel(x, bias, residual):
         return bias_residual_relu_reference(x, bias, residual, pool)
     if custom_ops_wanted():
-        return _op(x, bias, residual, pool, True)
+        return _bias_relu(x, bias, residual, pool, True)
     total, out = _new(x, True) if pool else x, _new(x, pool)
-    _launch(x, bias, residual, total, out, pool)
+    _launch(x, bias, residual, total=total, out=out, pool=pool)
     return total, out
-
-
-def report_specs() -> list[Spec]:
-    """Launches of DALL-E's encoder for 256 images of 112 px: every kind in the first group, and the last one."""
-    specs = []
-    for name, channels, side, residual, total, pool in (
-        ("hidden", 64, 112, False, False, False),
-        ("input", 256, 112, False, True, False),
-        ("block", 256, 112, True, True, False),
-        ("pool", 256, 112, True, True, True),
-        ("last", 2048, 14, True, False, False),
-    ):
-        elements = 256 * channels * side**2
-        size = elements // 4 if pool else elements
-        signature = {"x": "*fp16:16", "bias": "*fp16:16", "residual": "*fp16:16" if residual else None}
-        signature |= {"total": "*fp16:16" if total else None, "out": "*fp16:16"}
-        signature |= {"size": "i32:16", "height": "i32", "width": "i32"}
-        constants = {"CHANNELS": channels, "POOL": pool, "BLOCK": BLOCK[pool]}
-        moved = 2 * ((1 + residual) * elements + (1 + total) * size)
-        programs = triton.cdiv(size, BLOCK[pool])
-        specs.append(
-            Spec(f"bias_relu {name} {channels}", _kernel, signature | constants, NUM_WARPS, 1, programs, 0, moved)
-        )
-    return specs

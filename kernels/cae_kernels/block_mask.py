@@ -1,6 +1,6 @@
-"""Which patches of each image are masked: block-wise (BEiT, arXiv 2106.08254, Algorithm 1, as in CAE) or at random.
+"""Which patches of each image are masked: block-wise (BEiT, arXiv 2106.08254, Algorithm 1, as in CAE).
 
-Block-wise: rectangles are proposed independently and the first acceptable one is masked, until the count is reached.
+Rectangles are proposed independently and the first acceptable one is masked, until the count is reached.
 With `limit` = min(patches still to mask, max_block), a proposal has
     area   uniform between min_block and limit (in this order also when limit < min_block),
     aspect log-uniform in [min_aspect, 1 / min_aspect],
@@ -10,7 +10,8 @@ tries ten proposals and starts again with the same limit when all fail, which is
 
 Proposal t of the image at global position p takes the four words of draw t of STREAM_MASK: area, aspect, row, column.
 All arithmetic is float32 additions, multiplications, one division and square roots, each rounded on its own, and no
-library exponential, so that every device and every implementation that rounds likewise makes the same masks.
+library exponential, so that every device and every implementation that rounds likewise makes the same masks. The
+kernel, one image a program, is compiled without fused multiply-adds and rounds divisions and square roots correctly.
 
 Shapes: B images, N = height * width patches (row-major), Nm masked, Nv = N - Nm visible, T proposals drawn at once.
 """
@@ -22,8 +23,9 @@ import torch
 from torch import Tensor
 
 from .dispatch import backend
-from .mask_kernels import launch_block_mask, launch_random_mask
-from .philox import STREAM_MASK, draw, uniform
+from .parts.philox import STREAM_MASK, draw, draw_words, signed, uniform, uniform_word
+from .parts.triton_language import tl, triton
+from .random_mask import SETTINGS, check_count, new_ids, store_ids
 
 MAX_PROPOSALS = 4096
 _DRAWN_AT_ONCE = 32
@@ -49,16 +51,20 @@ def block_mask(
     An image that still lacks patches after MAX_PROPOSALS proposals gets its first visible ones masked.
     Raises ValueError, naming the argument, for sizes that no mask can have.
     """
-    _check_count(height, width, num_masked)
+    check_count(height, width, num_masked)
     max_block = num_masked if max_block is None else max_block
     _check_blocks(height, width, num_masked, min_block, max_block, min_aspect)
-    run = {"triton": launch_block_mask, "reference": block_mask_reference}[backend("block_mask", positions)]
-    positions = positions.contiguous()
-    return run(positions, seed, height, width, num_masked, min_block, max_block, min_aspect, MAX_PROPOSALS)
+
+    run = {"triton": _launch, "reference": block_mask_reference}[backend("block_mask", positions)]
+    return run(
+        positions.contiguous(), seed=seed, height=height, width=width, num_masked=num_masked,
+        min_block=min_block, max_block=max_block, min_aspect=min_aspect, max_proposals=MAX_PROPOSALS,
+    )  # fmt: skip
 
 
 def block_mask_reference(
     positions: Tensor,
+    *,
     seed: int,
     height: int,
     width: int,
@@ -71,32 +77,19 @@ def block_mask_reference(
     free = torch.ones(len(positions), height, width, dtype=torch.float32, device=positions.device)  # 0 once masked
     remaining = free.new_full((len(positions),), num_masked)  # (B,) patches left to mask
     active = torch.arange(len(positions), device=positions.device)
+
     for first in range(0, max_proposals, _DRAWN_AT_ONCE):
         proposals = _draw_proposals(positions[active], seed, first, min_aspect)
         free[active], remaining[active] = _place(free[active], remaining[active], proposals, min_block, max_block)
         active = active[remaining[active] > 0]
         if len(active) == 0:
             break
+
+    # An image that still lacks patches gets its first visible ones masked.
     free = free.flatten(1)
     rank = free.cumsum(dim=1)  # (B, N), 1 at the first visible patch
-    return _split(free.masked_fill(rank <= remaining[:, None], 0.0), num_masked)
-
-
-def random_mask(positions: Tensor, *, seed: int, height: int, width: int, num_masked: int) -> tuple[Tensor, Tensor]:
-    """Uniformly random masks; arguments, results and errors as in `block_mask`.
-
-    Masks the patches with the smallest 32-bit random numbers; patch n takes word n % 4 of draw n // 4 of STREAM_MASK.
-    """
-    _check_count(height, width, num_masked)
-    run = {"triton": launch_random_mask, "reference": random_mask_reference}[backend("random_mask", positions)]
-    return run(positions.contiguous(), seed, height * width, num_masked)
-
-
-def random_mask_reference(positions: Tensor, seed: int, patches: int, num_masked: int) -> tuple[Tensor, Tensor]:
-    draws = torch.arange((patches + 3) // 4, device=positions.device)  # (ceil(N / 4),)
-    words = torch.stack(draw(seed, STREAM_MASK, draws, positions[:, None]), dim=-1).flatten(1)  # (B, >= N)
-    order = words[:, :patches].argsort(dim=1, stable=True)  # (B, N)
-    return order[:, num_masked:].sort(dim=1).values, order[:, :num_masked].sort(dim=1).values
+    masked_first = free.masked_fill(rank <= remaining[:, None], 0.0).argsort(dim=1, stable=True)  # (B, N)
+    return masked_first[:, num_masked:].contiguous(), masked_first[:, :num_masked].contiguous()
 
 
 class _Proposals(NamedTuple):
@@ -138,18 +131,21 @@ def _place(
     coordinate = torch.arange(max(height, width), dtype=torch.float32, device=free.device)
     index = torch.arange(count, device=free.device)
     chosen = index.new_full((images, 1), -1)  # (B, 1); `count` when no acceptable proposal is left
+
     while True:
         limit = remaining.clamp(max=float(max_block))[:, None]  # (B, 1), 0 once the mask is complete
         root = torch.sqrt((limit - float(min_block)) * proposals.area + float(min_block))  # (B, T)
         size = torch.minimum(torch.floor(root * proposals.stretch + 0.5), sides)  # (2, B, T) rows and columns
         start = torch.floor((sides - size + 1.0) * proposals.place)
         end = start + size
+
         new = _count_free(free, start, end)  # (B, T)
         acceptable = (size < sides).all(dim=0) & (new > 0.0) & (new <= limit) & (index > chosen)
         chosen = torch.where(acceptable, index, count).amin(dim=1, keepdim=True)
         placed = chosen < count  # (B, 1)
         if not placed.any():
             return free, remaining
+
         pick = chosen.clamp(max=count - 1)
         corner = pick.expand(2, -1, -1)
         inside = (coordinate >= start.gather(2, corner)) & (coordinate < end.gather(2, corner) * placed)
@@ -172,19 +168,79 @@ def _count_free(free: Tensor, start: Tensor, end: Tensor) -> Tensor:
     return at(bottom + right) - at(top + right) - at(bottom + left) + at(top + left)
 
 
-def _split(free: Tensor, num_masked: int) -> tuple[Tensor, Tensor]:
-    order = free.argsort(dim=1, stable=True)  # (B, N): masked patches first, both groups ascending
-    return order[:, num_masked:].contiguous(), order[:, :num_masked].contiguous()
+@triton.jit
+def _exp_one(x):
+    """As _exp."""
+    x = x * 0.0625
+    power = x * (1.0 / 720.0) + 1.0 / 120.0
+    power = power * x + 1.0 / 24.0
+    power = power * x + 1.0 / 6.0
+    power = power * x + 0.5
+    power = power * x + 1.0
+    power = power * x + 1.0
+    power = power * power
+    power = power * power
+    power = power * power
+    return power * power
 
 
-def _check_count(height: int, width: int, num_masked: int) -> None:
-    for name, side in (("height", height), ("width", width)):
-        if side < 1:
-            raise ValueError(f"{name}: {side} patches; at least 1 is needed")
-    if not 1 <= num_masked < height * width:
-        raise ValueError(
-            f"num_masked: {num_masked} of {height}x{width} patches; must be from 1 to {height * width - 1}"
-        )
+@triton.jit
+def _place_one(limit, stretch, area, place, SIDE: tl.constexpr, MIN_BLOCK: tl.constexpr):
+    """Start and length of a proposal along one side."""
+    root = tl.sqrt_rn((limit - MIN_BLOCK) * area + MIN_BLOCK)
+    length = tl.minimum(tl.floor(root * stretch + 0.5), SIDE)
+    return tl.floor((SIDE - length + 1.0) * place), length
+
+
+@triton.jit(do_not_specialize=["seed_low", "seed_high"])
+def _block_kernel(
+    positions,  # (B,) int64
+    visible_ids, masked_ids,  # (B, Nv), (B, Nm) int64
+    seed_low, seed_high,  # halves of the seed, int32
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, NUM_MASKED: tl.constexpr,
+    MIN_BLOCK: tl.constexpr, MAX_BLOCK: tl.constexpr,  # areas, as floats
+    LOG_SLOPE: tl.constexpr, LOG_START: tl.constexpr,  # log(sqrt(aspect)) of a uniform number
+    MAX_PROPOSALS: tl.constexpr, STREAM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    image = tl.program_id(0).to(tl.int64)
+    position = tl.load(positions + image)
+    patch = tl.arange(0, BLOCK)
+    row, column = (patch // WIDTH).to(tl.float32), (patch % WIDTH).to(tl.float32)
+    free = (patch < HEIGHT * WIDTH).to(tl.float32)
+    remaining = tl.sum(free, 0) * 0.0 + NUM_MASKED
+    proposal = tl.program_id(0) * 0
+
+    while (proposal < MAX_PROPOSALS) & (remaining > 0.0):
+        area, aspect, vertical, horizontal = draw_words(proposal.to(tl.uint32), position, seed_low, seed_high, STREAM)
+        stretch = _exp_one(uniform_word(aspect) * LOG_SLOPE + LOG_START)
+        limit = tl.minimum(remaining, MAX_BLOCK)
+        area = uniform_word(area)
+        top, rows = _place_one(limit, stretch, area, uniform_word(vertical), HEIGHT, MIN_BLOCK)
+        stretch = tl.div_rn(1.0, stretch)
+        left, columns = _place_one(limit, stretch, area, uniform_word(horizontal), WIDTH, MIN_BLOCK)
+
+        inside = (row >= top) & (row < top + rows) & (column >= left) & (column < left + columns)
+        new = tl.sum(tl.where(inside, free, 0.0), 0)
+        fits = (rows < HEIGHT) & (columns < WIDTH) & (new > 0.0) & (new <= limit)
+        free = tl.where(inside & fits, 0.0, free)
+        remaining = tl.where(fits, remaining - new, remaining)
+        proposal += 1
+
+    rank = tl.cumsum(free, 0)
+    masked = (free == 0.0) | (rank <= remaining)
+    store_ids(visible_ids, masked_ids, image, masked, HEIGHT * WIDTH, NUM_MASKED, BLOCK)
+
+
+def _launch(positions, *, seed, height, width, num_masked, min_block, max_block, min_aspect, max_proposals):
+    visible_ids, masked_ids = new_ids(positions, height * width, num_masked)
+    half_log = 0.5 * math.log(min_aspect)
+    _block_kernel[(len(positions),)](
+        positions=positions, visible_ids=visible_ids, masked_ids=masked_ids,
+        seed_low=signed(seed), seed_high=signed(seed >> 32), HEIGHT=height, WIDTH=width, NUM_MASKED=num_masked,
+        MIN_BLOCK=float(min_block), MAX_BLOCK=float(max_block), LOG_SLOPE=-2.0 * half_log, LOG_START=half_log,
+        MAX_PROPOSALS=max_proposals, STREAM=STREAM_MASK, BLOCK=triton.next_power_of_2(height * width), **SETTINGS,
+    )  # fmt: skip
+    return visible_ids, masked_ids
 
 
 def _check_blocks(height: int, width: int, num_masked: int, min_block: int, max_block: int, min_aspect: float) -> None:
@@ -197,6 +253,7 @@ def _check_blocks(height: int, width: int, num_masked: int, min_block: int, max_
         raise ValueError(f"min_block: {min_block}; must be at least 1")
     if max_block < 1:
         raise ValueError(f"max_block: {max_block}; must be at least 1")
+
     limit = min(num_masked, max_block)
     share = _fitting_share(height, width, min_block, limit, min_aspect)
     if share < _LOWEST_FITTING_SHARE:

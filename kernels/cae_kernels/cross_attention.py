@@ -11,12 +11,15 @@ More than 128 visible or masked tokens, heads wider than 128 and, on a GPU, floa
 scaled_dot_product_attention on concatenated keys and values: `route`. So do the backends of other libraries.
 """
 
+from typing import Any, NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention_libraries import library_attention
-from .attention_tiles import (
+from .dispatch import backend
+from .parts.attention_libraries import library_attention
+from .parts.attention_tiles import (
     kernels_take,
     load_tile,
     log2_scores,
@@ -30,9 +33,8 @@ from .attention_tiles import (
     weighted_sum,
     zero_tile,
 )
-from .dispatch import backend, custom_ops_wanted
-from .report_spec import Spec
-from .triton_language import INTERPRETED, tl, triton
+from .parts.registration import fused_op
+from .parts.triton_language import tl, triton
 
 MAX_TOKENS = 128
 NUM_WARPS = {16: 4, 32: 4, 64: 4, 128: 8}  # by rows of the largest tile
@@ -53,16 +55,18 @@ def cross_attention_backward_reference(
     dout, query = (x.to(wide).transpose(1, 2) for x in (dout, query))  # (B, H, Nm, C) each
     key = torch.cat((k_visible, k_masked), 1).to(wide).transpose(1, 2)  # (B, H, Nv + Nm, C)
     value = torch.cat((v_visible, v_masked), 1).to(wide).transpose(1, 2)
+
     p = (scale * query @ key.mT).softmax(-1)  # (B, H, Nm, Nv + Nm)
     dp = dout @ value.mT
     ds = scale * p * (dp - (p * dp).sum(-1, keepdim=True))
-    sizes = (k_visible.shape[1], k_masked.shape[1])
     dq, dk, dv = ds @ key, ds.mT @ query, p.mT @ dout
+
+    sizes = (k_visible.shape[1], k_masked.shape[1])
     dq, dk, dv = (x.transpose(1, 2).to(k_visible.dtype) for x in (dq, dk, dv))
     (dk_visible, dk_masked), (dv_visible, dv_masked) = (
-        [part.contiguous() for part in x.split(sizes, 1)] for x in (dk, dv)
+        [part.clone(memory_format=torch.contiguous_format) for part in x.split(sizes, 1)] for x in (dk, dv)
     )
-    return dq.contiguous(), dk_visible, dv_visible, dk_masked, dv_masked
+    return dq, dk_visible, dv_visible, dk_masked, dv_masked
 
 
 @triton.jit
@@ -78,15 +82,23 @@ def _attend(result, top, total, q, k, v, n_keys, scale, C2: tl.constexpr):
 
 @triton.jit
 def _forward_kernel(
-    query, k_visible, v_visible, k_masked, v_masked, out, query_image, query_row, query_head,
-    visible_image, visible_row, visible_head, masked_image, masked_row, masked_head, n_visible, n_masked, scale,
-    H: tl.constexpr, C: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    STAGES: tl.constexpr,
+    query,  # (B, Nm, H, C), columns side by side, as of all inputs
+    k_visible, v_visible,  # (B, Nv, H, C), the same strides
+    k_masked, v_masked,  # (B, Nm, H, C), the same strides
+    out,  # (B, Nm, H, C), contiguous
+    query_image, query_row, query_head,  # strides of query: of an image, a token, a head
+    visible_image, visible_row, visible_head,  # of k_visible and v_visible
+    masked_image, masked_row, masked_head,  # of k_masked and v_masked
+    n_visible, n_masked, scale,  # Nv, Nm; float32 factor on the scores
+    H: tl.constexpr, C: tl.constexpr,
+    C1: tl.constexpr, C2: tl.constexpr,  # blocks of columns
+    ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,  # queries of the tile, keys of a chunk
 ):  # fmt: skip
     batch, head = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
     visible = batch * visible_image + head * visible_head
     masked = batch * masked_image + head * masked_head
     q = load_tile(query + batch * query_image + head * query_head, n_masked, query_row, ROWS, C, C1, C2)
+
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     result = zero_tile(ROWS, C1, C2)
@@ -100,17 +112,26 @@ def _forward_kernel(
         k = load_tile(k_masked + first, rows, masked_row, KEYS, C, C1, C2)
         v = load_tile(v_masked + first, rows, masked_row, KEYS, C, C1, C2)
         result, top, total = _attend(result, top, total, q, k, v, rows, scale, C2)
+
     out += (batch * n_masked * H + head) * C
     store_tile(out, scaled(result, (1.0 / total)[:, None]), n_masked, H * C, C, C1, C2)
 
 
 @triton.jit
 def _backward_kernel(
-    dout, query, k_visible, v_visible, k_masked, v_masked,
-    d_query, dk_visible, dv_visible, dk_masked, dv_masked,
-    dout_image, dout_row, dout_head, query_image, query_row, query_head,
-    visible_image, visible_row, visible_head, masked_image, masked_row, masked_head, n_visible, n_masked, scale,
-    H: tl.constexpr, C: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr, ROWS: tl.constexpr, VISIBLE: tl.constexpr,
+    dout,  # (B, Nm, H, C)
+    query,  # (B, Nm, H, C), columns side by side, as of all inputs
+    k_visible, v_visible,  # (B, Nv, H, C), the same strides
+    k_masked, v_masked,  # (B, Nm, H, C), the same strides
+    d_query, dk_visible, dv_visible, dk_masked, dv_masked,  # shaped like the inputs, contiguous
+    dout_image, dout_row, dout_head,  # strides of dout: of an image, a token, a head
+    query_image, query_row, query_head,  # of query
+    visible_image, visible_row, visible_head,  # of k_visible and v_visible
+    masked_image, masked_row, masked_head,  # of k_masked and v_masked
+    n_visible, n_masked, scale,  # Nv, Nm; float32 factor on the scores
+    H: tl.constexpr, C: tl.constexpr,
+    C1: tl.constexpr, C2: tl.constexpr,  # blocks of columns
+    ROWS: tl.constexpr, VISIBLE: tl.constexpr,  # rows of the masked and of the visible tile
 ):  # fmt: skip
     batch, head = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
     visible = batch * visible_image + head * visible_head
@@ -124,23 +145,29 @@ def _backward_kernel(
     v = load_tile(v_visible + visible, n_visible, visible_row, VISIBLE, C, C1, C2)
     v_second = load_tile(v_masked + masked, n_masked, masked_row, ROWS, C, C1, C2)
     kind = q[0].dtype
+
+    # Probabilities over the keys of both sources.
     p = log2_scores(q, k, n_visible, scale, C2)
     p_second = log2_scores(q, k_second, n_masked, scale, C2)
     top = tl.maximum(tl.max(p, 1), tl.max(p_second, 1))[:, None]
     p, p_second = tl.exp2(p - top), tl.exp2(p_second - top)
     factor = (1.0 / (tl.sum(p, 1) + tl.sum(p_second, 1)))[:, None]
     p, p_second = p * factor, p_second * factor
+
     dv = weighted(tl.trans(p.to(kind)), g, C2)
     store_tile(dv_visible + to_visible, dv, n_visible, H * C, C, C1, C2)
     dv = weighted(tl.trans(p_second.to(kind)), g, C2)
     store_tile(dv_masked + to_masked, dv, n_masked, H * C, C, C1, C2)
+
     delta = tl.sum(p * outer(g, v, C2), 1)
     dp = outer(g, v_second, C2)
     delta = (delta + tl.sum(p_second * dp, 1))[:, None]
+
     ds = (p_second * (dp - delta)).to(kind)
     dq = weighted(ds, k_second, C2)
     dk = scaled(weighted(tl.trans(ds), q, C2), scale)
     store_tile(dk_masked + to_masked, dk, n_masked, H * C, C, C1, C2)
+
     # Read and multiplied again: dP of both sources at once would not fit in registers.
     v = load_tile(v_visible + visible, n_visible, visible_row, VISIBLE, C, C1, C2)
     ds = (p * (outer(g, v, C2) - delta)).to(kind)
@@ -150,94 +177,79 @@ def _backward_kernel(
     store_tile(dk_visible + to_visible, dk, n_visible, H * C, C, C1, C2)
 
 
-def _strides(*tensors: Tensor) -> list[int]:
-    return [stride for tensor in tensors for stride in tensor.stride()[:3]]
+class Inputs(NamedTuple):
+    query: Tensor  # (B, Nm, H, C)
+    k_visible: Tensor  # (B, Nv, H, C)
+    v_visible: Tensor
+    k_masked: Tensor  # (B, Nm, H, C)
+    v_masked: Tensor
+    scale: float
 
 
-def _same_layout(source: Source) -> Source:
-    """Keys and values that the kernels can read: columns side by side, both with the same strides."""
-    if source[0].stride() == source[1].stride() and source[0].stride(3) == 1:
-        return source
-    return source[0].contiguous(), source[1].contiguous()
+def _readable(inputs: Inputs) -> Inputs:
+    """Columns side by side, keys and values of a source with the same strides: what the kernels can read."""
+    query = inputs.query if inputs.query.stride(3) == 1 else inputs.query.contiguous()
+    visible = _same_layout(inputs.k_visible, inputs.v_visible)
+    return Inputs(query, *visible, *_same_layout(inputs.k_masked, inputs.v_masked), scale=inputs.scale)
 
 
-def _forward(
-    query: Tensor, k_visible: Tensor, v_visible: Tensor, k_masked: Tensor, v_masked: Tensor, scale: float
-) -> Tensor:
-    query = query if query.stride(3) == 1 else query.contiguous()
-    visible, masked = _same_layout((k_visible, v_visible)), _same_layout((k_masked, v_masked))
-    batch, n_masked, heads, width = query.shape
-    n_visible = visible[0].shape[1]
-    out = query.new_empty(query.shape)
-    rows, keys = tile_rows(n_masked), min(KEYS, max(tile_rows(n_visible), tile_rows(n_masked)))
-    strides = _strides(query, visible[0], masked[0])
-    constants = heads, width, *split_width(width), rows, keys, STAGES
-    launch = _forward_kernel[(batch * heads,)]
-    options = {"num_warps": NUM_WARPS[rows], "maxnreg": most_registers(rows, constants[2:4])}
-    launch(query, *visible, *masked, out, *strides, n_visible, n_masked, scale, *constants, **options)
+def _same_layout(key: Tensor, value: Tensor) -> Source:
+    same = key.stride() == value.stride() and key.stride(3) == 1
+    return (key, value) if same else (key.contiguous(), value.contiguous())
+
+
+def _arguments(inputs: Inputs) -> dict[str, Any]:
+    """What both kernels are told about the inputs: strides, sizes, constants."""
+    strides = {}
+    for name, tensor in (("query", inputs.query), ("visible", inputs.k_visible), ("masked", inputs.k_masked)):
+        strides[f"{name}_image"], strides[f"{name}_row"], strides[f"{name}_head"], _ = tensor.stride()
+    _, n_masked, heads, width = inputs.query.shape
+    first, second = split_width(width)
+    sizes = {"n_visible": inputs.k_visible.shape[1], "n_masked": n_masked, "H": heads, "C": width}
+    return {**inputs._asdict(), **strides, **sizes, "C1": first, "C2": second, "ROWS": tile_rows(n_masked)}
+
+
+def _forward(inputs: Inputs) -> Tensor:
+    inputs = _readable(inputs)
+    batch, n_masked, heads, width = inputs.query.shape
+    out = inputs.query.new_empty(inputs.query.shape)
+    rows, visible_rows = tile_rows(n_masked), tile_rows(inputs.k_visible.shape[1])
+
+    _forward_kernel[(batch * heads,)](
+        **_arguments(inputs), out=out, KEYS=min(KEYS, max(rows, visible_rows)), STAGES=STAGES,
+        num_warps=NUM_WARPS[rows], maxnreg=most_registers(rows, split_width(width)),
+    )  # fmt: skip
     return out
 
 
-def _backward(
-    dout: Tensor, query: Tensor, k_visible: Tensor, v_visible: Tensor, k_masked: Tensor, v_masked: Tensor, scale: float
-) -> tuple[Tensor, ...]:
-    dout, query = (x if x.stride(3) == 1 else x.contiguous() for x in (dout, query))
-    visible, masked = _same_layout((k_visible, v_visible)), _same_layout((k_masked, v_masked))
-    batch, n_masked, heads, width = query.shape
-    n_visible = visible[0].shape[1]
-    gradients = tuple(x.new_empty(x.shape) for x in (query, *visible, *masked))
-    rows, visible_rows = tile_rows(n_masked), tile_rows(n_visible)
-    strides = _strides(dout, query, visible[0], masked[0])
-    constants = heads, width, *split_width(width), rows, visible_rows
-    launch = _backward_kernel[(batch * heads,)]
-    num_warps = NUM_WARPS[max(rows, visible_rows)]
-    launch(
-        dout, query, *visible, *masked, *gradients, *strides, n_visible, n_masked, scale, *constants,
-        num_warps=num_warps,
+def _backward(dout: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    inputs, dout = _readable(inputs), dout if dout.stride(3) == 1 else dout.contiguous()
+    batch, n_masked, heads, _ = inputs.query.shape
+    d_query, dk_visible, dv_visible, dk_masked, dv_masked = (x.new_empty(x.shape) for x in inputs[:5])
+    dout_image, dout_row, dout_head, _ = dout.stride()
+    visible_rows = tile_rows(inputs.k_visible.shape[1])
+
+    _backward_kernel[(batch * heads,)](
+        **_arguments(inputs), dout=dout, dout_image=dout_image, dout_row=dout_row, dout_head=dout_head,
+        d_query=d_query, dk_visible=dk_visible, dv_visible=dv_visible, dk_masked=dk_masked, dv_masked=dv_masked,
+        VISIBLE=visible_rows, num_warps=NUM_WARPS[max(tile_rows(n_masked), visible_rows)],
     )  # fmt: skip
-    return gradients
+    return d_query, dk_visible, dv_visible, dk_masked, dv_masked
 
 
-def _contiguous_reference(
-    query: Tensor, k_visible: Tensor, v_visible: Tensor, k_masked: Tensor, v_masked: Tensor, scale: float
-) -> Tensor:
+def _forward_reference(inputs: Inputs) -> Tensor:
+    query, k_visible, v_visible, k_masked, v_masked, scale = inputs
     return cross_attention_reference(query, (k_visible, v_visible), (k_masked, v_masked), scale).contiguous()
 
 
-_forward_op = torch.library.custom_op("cae::cross_attention", _contiguous_reference, mutates_args=())
-_backward_op = torch.library.custom_op(
-    "cae::cross_attention_backward", cross_attention_backward_reference, mutates_args=()
+_cross_attention = fused_op(
+    "cross_attention",
+    run=_forward,
+    reference=_forward_reference,
+    fake=lambda query, *rest: query.new_empty(query.shape),
+    back=_backward,
+    back_reference=cross_attention_backward_reference,
 )
-for _device in ("cuda", "cpu") if INTERPRETED else ("cuda",):
-    _forward_op.register_kernel(_device, _forward)
-    _backward_op.register_kernel(_device, _backward)
-_forward_op.register_fake(lambda query, *rest: query.new_empty(query.shape))
-_backward_op.register_fake(lambda dout, *inputs: tuple(x.new_empty(x.shape) for x in inputs[:5]))
-
-
-def _save(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs[:5])
-    ctx.scale = inputs[5]
-
-
-def _registered_backward(ctx, dout: Tensor):
-    return *_backward_op(dout, *ctx.saved_tensors, ctx.scale), None
-
-
-_forward_op.register_autograd(_registered_backward, setup_context=_save)
-
-
-class _Function(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *inputs) -> Tensor:
-        ctx.save_for_backward(*inputs[:5])
-        ctx.scale = inputs[5]
-        return _forward(*inputs)
-
-    @staticmethod
-    def backward(ctx, dout: Tensor):
-        query, k_visible, v_visible, k_masked, v_masked = ctx.saved_tensors
-        return *_backward(dout, query, k_visible, v_visible, k_masked, v_masked, ctx.scale), None
 
 
 def route(n_visible: int, n_masked: int, head_width: int = 64, dtype: torch.dtype = torch.bfloat16) -> str:
@@ -256,7 +268,7 @@ def cross_attention(query: Tensor, visible: Source, masked: Source, scale: float
     chosen = backend("cross_attention", query)
     counts = visible[0].shape[1], query.shape[1]
     if chosen == "triton" and route(*counts, query.shape[3], query.dtype) == "triton":
-        return (_forward_op if custom_ops_wanted() else _Function.apply)(query, *visible, *masked, scale)
+        return _cross_attention(query, *visible, *masked, scale)
     if chosen in ("triton", "reference"):
         return cross_attention_reference(query, visible, masked, scale)
     key, value = (torch.cat(parts, 1) for parts in zip(visible, masked, strict=True))  # (B, Nv + Nm, H, C)
@@ -271,24 +283,3 @@ def _check(query: Tensor, visible: Source, masked: Source) -> None:
         for part in source:
             if part.shape != shape:
                 raise ValueError(f"a key or value of `{name}` has shape {tuple(part.shape)}: it must be {tuple(shape)}")
-
-
-def report_specs() -> list[Spec]:
-    """ViT-L B = 256, 98 queries to 98 + 98 keys, and ViT-H B = 128, 128 to 128 + 128: forward and backward."""
-    specs = []
-    for model, batch, n, heads, width in (("ViT-L", 256, 98, 16, 64), ("ViT-H", 128, 128, 16, 80)):
-        rows = tile_rows(n)
-        tokens = "i32:16" if n % 16 == 0 else "i32"
-        common = (tokens, tokens, "fp32", heads, width, *split_width(width), rows)
-        forward = (*("*bf16:16",) * 6, *("i32:16",) * 9, *common, KEYS, STAGES)
-        backward = (*("*bf16:16",) * 11, *("i32:16",) * 12, *common, rows)
-        element, products = 2 * batch * n * heads * width, 2 * batch * heads * n * 2 * n * width
-        registers = {"maxnreg": most_registers(rows, split_width(width))}
-        for name, kernel, arguments, count, moved, options in (
-            ("forward", _forward_kernel, forward, 2, 6, registers), ("backward", _backward_kernel, backward, 5, 11, {}),
-        ):  # fmt: skip
-            signature = dict(zip(kernel.arg_names, arguments, strict=True))
-            launch = NUM_WARPS[rows], 3, batch * heads, count * products, moved * element
-            narrow = "the last 16 columns of 64 keys: 8 bytes a thread" if options and split_width(width)[1] else ""
-            specs.append(Spec(f"cross_attention {name} {model}", kernel, signature, *launch, options, narrow))
-    return specs

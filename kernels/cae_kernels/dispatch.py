@@ -14,12 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .triton_language import HAVE_TRITON, INTERPRETED
+from .parts.triton_language import HAVE_TRITON, INTERPRETED
 
 ATTENTION = ("triton", "reference", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient", "xformers")
 BACKENDS: dict[str, tuple[str, ...]] = {
     "adamw": ("triton", "reference", "apex"),
-    "alignment_loss": ("triton", "reference"),
     "attention": ATTENTION,
     "bias_relu": ("triton", "reference"),
     "block_mask": ("triton", "reference"),
@@ -32,6 +31,7 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     "linear_gelu": ("triton", "reference"),
     "random_mask": ("triton", "reference"),
     "residual_norm": ("triton", "reference"),
+    "squared_error": ("triton", "reference"),
 }
 PACKAGES = {"xformers": "xformers", "liger": "liger_kernel", "apex": "apex"}
 APEX_EXTENSIONS = {"adamw": "amp_C", "layer_norm": "fused_layer_norm_cuda"}

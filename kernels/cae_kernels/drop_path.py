@@ -10,11 +10,8 @@ import torch
 from torch import Tensor
 
 from .dispatch import backend
-from .mask_kernels import ROUNDS, signed, uniform, words
-from .philox import STREAM_DROP_PATH, draw
-from .philox import uniform as uniform_reference
-from .report_spec import Spec
-from .triton_language import tl, triton
+from .parts.philox import STREAM_DROP_PATH, draw, draw_words, signed, uniform, uniform_word
+from .parts.triton_language import tl, triton
 
 BLOCK = 128
 SETTINGS = {"num_warps": 4, "num_stages": 1}
@@ -34,7 +31,7 @@ def drop_path_scales(seed: int, positions: Tensor, rates: Tensor) -> Tensor:
 def drop_path_scales_reference(seed: int, positions: Tensor, rates: Tensor) -> Tensor:
     draws = torch.arange((len(rates) + 3) // 4, device=positions.device)[:, None]  # (ceil(L / 4), 1)
     numbers = torch.stack(draw(seed, STREAM_DROP_PATH, draws, positions[None]), dim=1)  # (ceil(L / 4), 4, B)
-    keep = uniform_reference(numbers.flatten(0, 1)[: len(rates)]) >= rates[:, None]  # (L, B)
+    keep = uniform(numbers.flatten(0, 1)[: len(rates)]) >= rates[:, None]  # (L, B)
     return keep.to(torch.float32) / (1.0 - rates[:, None])  # (L, B)
 
 
@@ -42,21 +39,23 @@ def drop_path_scales_reference(seed: int, positions: Tensor, rates: Tensor) -> T
 def _store_scale(scales, rates, branch, word, sample, batch, branches):
     inside = (sample < batch) & (branch < branches)
     rate = tl.load(rates + branch, mask=branch < branches, other=0.0)
-    kept = uniform(word) >= rate
+    kept = uniform_word(word) >= rate
     scale = tl.where(kept, tl.div_rn(1.0, 1.0 - rate), 0.0)
     tl.store(scales + branch.to(tl.int64) * batch + sample, scale, mask=inside)
 
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high"])
 def _kernel(
-    positions, rates, scales, seed_low, seed_high, batch, branches,
-    STREAM: tl.constexpr, ROUNDS: tl.constexpr, BLOCK: tl.constexpr,
+    positions, rates, scales,  # (B,) int64; (L,), (L, B) float32
+    seed_low, seed_high,  # halves of the seed, int32
+    batch, branches,  # B, L
+    STREAM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     number = tl.program_id(1)
     sample = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     position = tl.load(positions + sample, mask=sample < batch, other=0)
     draws = (sample * 0 + number).to(tl.uint32)
-    first, second, third, fourth = words(draws, position, seed_low, seed_high, STREAM, ROUNDS)
+    first, second, third, fourth = draw_words(draws, position, seed_low, seed_high, STREAM)
     _store_scale(scales, rates, 4 * number, first, sample, batch, branches)
     _store_scale(scales, rates, 4 * number + 1, second, sample, batch, branches)
     _store_scale(scales, rates, 4 * number + 2, third, sample, batch, branches)
@@ -67,16 +66,9 @@ def _launch(seed: int, positions: Tensor, rates: Tensor) -> Tensor:
     batch, branches = len(positions), len(rates)
     scales = rates.new_empty(branches, batch)  # (L, B)
     grid = triton.cdiv(batch, BLOCK), triton.cdiv(branches, 4)
-    sizes = signed(seed), signed(seed >> 32), batch, branches, STREAM_DROP_PATH, ROUNDS, BLOCK
-    _kernel[grid](positions.contiguous(), rates.contiguous(), scales, *sizes, **SETTINGS)
+    _kernel[grid](
+        positions=positions.contiguous(), rates=rates.contiguous(), scales=scales,
+        seed_low=signed(seed), seed_high=signed(seed >> 32), batch=batch, branches=branches,
+        STREAM=STREAM_DROP_PATH, BLOCK=BLOCK, **SETTINGS,
+    )  # fmt: skip
     return scales
-
-
-def report_specs() -> list[Spec]:
-    """ViT-L at B = 256: 24 blocks of the encoder, 4 of the regressor and 4 of the decoder, two branches each."""
-    pointers = {"positions": "*i64:16", "rates": "*fp32:16", "scales": "*fp32:16"}
-    sizes = {"seed_low": "i32", "seed_high": "i32", "batch": "i32:16", "branches": "i32:16"}
-    constants = {"STREAM": STREAM_DROP_PATH, "ROUNDS": ROUNDS, "BLOCK": BLOCK}
-    narrow = "one number a branch and sample, 64 KB in all"
-    signature = pointers | sizes | constants
-    return [Spec("drop_path ViT-L B256", _kernel, signature, 4, 1, 32, 0, 256 * 8 + 64 * 256 * 4, narrow=narrow)]

@@ -9,10 +9,10 @@ B batch, N patches, Nv visible, Nm masked, D width. Both sequences are written b
 import torch
 from torch import Tensor
 
-from .dispatch import backend, custom_ops_wanted
-from .norm_rows import block_of, load_vector, sum_rows, unit_columns
-from .report_spec import Spec
-from .triton_language import INTERPRETED, tl, triton
+from .dispatch import backend
+from .parts.registration import fused_op
+from .parts.rows import block_of, load_vector, sum_rows, unit_columns
+from .parts.triton_language import tl, triton
 
 LAUNCH = {128: (32, 4), 256: (16, 4), 512: (8, 4), 1024: (4, 4), 2048: (4, 8), 4096: (2, 8)}  # BLOCK: (ROWS, num_warps)
 IDS = 64  # visible ids that a tile of rows is compared with at a time
@@ -47,19 +47,24 @@ def _backward_reference(
 
 @triton.jit
 def _write_rows(
-    out, patches, ids, cls_token, pos_embed, first, rows, tokens, num_patches, ids_stride,
+    out,  # (B * tokens, D)
+    patches, ids, cls_token, pos_embed,  # as of the kernel
+    first, rows, tokens,  # first row of this tile; B * tokens; tokens of an image in `out`
+    num_patches, ids_stride,
     D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Rows first... of out (B * tokens, D); a row's position is patch + 1, the class token's 0."""
+    """Rows from `first` of out; a row's position is patch + 1, the class token's 0."""
     row = first + tl.arange(0, ROWS)
     image = (row // tokens).to(tl.int64)
     token = row - (row // tokens) * tokens
     from_patch, exists = (row < rows) & (token > 0), row < rows
     column = tl.arange(0, BLOCK)
+
     patch = tl.load(ids + image * ids_stride + token - 1, mask=from_patch, other=-1).to(tl.int64)
     offset = (image * num_patches + patch)[:, None] * D + column[None, :]
     value = tl.load(patches + offset, mask=from_patch[:, None] & (column < D)[None, :], other=0.0).to(tl.float32)
     value = tl.where(from_patch[:, None], value, load_vector(cls_token, column, D))
+
     inside = exists[:, None] & (column < D)[None, :]
     value += tl.load(pos_embed + (patch + 1)[:, None] * D + column[None, :], mask=inside, other=0.0).to(tl.float32)
     offset = row.to(tl.int64)[:, None] * D + column[None, :]
@@ -68,54 +73,43 @@ def _write_rows(
 
 @triton.jit
 def _forward_kernel(
-    patches, visible_ids, masked_ids, cls_token, pos_embed, visible, masked, batch, num_patches, visible_tokens,
-    masked_tokens, visible_stride, masked_stride,
-    D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    patches,  # (B, N, D), contiguous
+    visible_ids, masked_ids,  # (B, Nv), (B, Nm) or None, columns side by side
+    cls_token, pos_embed,  # (D,), (N + 1, D)
+    visible, masked,  # (B, Nv + 1, D), (B, Nm + 1, D)
+    batch, num_patches,  # B, N
+    visible_tokens, masked_tokens,  # Nv + 1, Nm + 1
+    visible_stride, masked_stride,  # of the ids' rows
+    D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,  # a tile's columns and rows
 ):  # fmt: skip
     program = tl.program_id(0)
     first = program * ROWS
     rows = batch * visible_tokens
     programs = tl.cdiv(rows, ROWS)
+
+    # The first programs write the visible sequence, the others the masked one.
     if program < programs:
         _write_rows(
-            visible,
-            patches,
-            visible_ids,
-            cls_token,
-            pos_embed,
-            first,
-            rows,
-            visible_tokens,
-            num_patches,
-            visible_stride,
-            D,
-            BLOCK,
-            ROWS,
-        )
+            out=visible, patches=patches, ids=visible_ids, cls_token=cls_token, pos_embed=pos_embed,
+            first=first, rows=rows, tokens=visible_tokens, num_patches=num_patches, ids_stride=visible_stride,
+            D=D, BLOCK=BLOCK, ROWS=ROWS,
+        )  # fmt: skip
     elif masked_ids is not None:
         first = (program - programs) * ROWS
         rows = batch * masked_tokens
         _write_rows(
-            masked,
-            patches,
-            masked_ids,
-            cls_token,
-            pos_embed,
-            first,
-            rows,
-            masked_tokens,
-            num_patches,
-            masked_stride,
-            D,
-            BLOCK,
-            ROWS,
-        )
+            out=masked, patches=patches, ids=masked_ids, cls_token=cls_token, pos_embed=pos_embed,
+            first=first, rows=rows, tokens=masked_tokens, num_patches=num_patches, ids_stride=masked_stride,
+            D=D, BLOCK=BLOCK, ROWS=ROWS,
+        )  # fmt: skip
 
 
 @triton.jit
 def _backward_kernel(
-    d_visible, visible_ids, d_patches, num_visible, num_patches, ids_stride,
-    D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, IDS: tl.constexpr,
+    d_visible, visible_ids,  # (B, Nv + 1, D), contiguous; (B, Nv), columns side by side
+    d_patches,  # (B, N, D), contiguous
+    num_visible, num_patches, ids_stride,  # Nv, N, stride of the ids' rows
+    D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, IDS: tl.constexpr,  # a tile's columns and rows
 ):  # fmt: skip
     image = tl.program_id(0).to(tl.int64)
     patch = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -124,6 +118,7 @@ def _backward_kernel(
         index = start + tl.arange(0, IDS)
         ids = tl.load(visible_ids + image * ids_stride + index, mask=index < num_visible, other=-1).to(tl.int32)
         token = tl.maximum(token, tl.max(tl.where(ids[None, :] == patch[:, None], index[None, :] + 1, 0), 1))
+
     column = tl.arange(0, BLOCK)
     inside = (column < D)[None, :]
     offset = (image * (num_visible + 1) + token)[:, None] * D + column[None, :]
@@ -132,8 +127,8 @@ def _backward_kernel(
     tl.store(d_patches + offset, grad.to(d_patches.dtype.element_ty), mask=(patch < num_patches)[:, None] & inside)
 
 
-def _new_outputs(
-    patches: Tensor, visible_ids: Tensor, masked_ids: Tensor | None, pos_embed: Tensor
+def _fake(
+    patches: Tensor, visible_ids: Tensor, masked_ids: Tensor | None, cls_token: Tensor, pos_embed: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Room for both sequences, (B, Nv + 1, D) and (B, Nm + 1, D) or nothing, in the wider of the two types."""
     dtype, (batch, _, width) = torch.promote_types(patches.dtype, pos_embed.dtype), patches.shape
@@ -142,83 +137,63 @@ def _new_outputs(
     return visible, patches.new_empty(masked_shape, dtype=dtype)
 
 
-def _forward(patches, visible_ids, masked_ids, cls_token, pos_embed):
+def _forward(
+    patches: Tensor, visible_ids: Tensor, masked_ids: Tensor | None, cls_token: Tensor, pos_embed: Tensor
+) -> tuple[Tensor, Tensor]:
     patches, pos_embed, cls_token = patches.contiguous(), pos_embed.contiguous(), cls_token.contiguous()
     visible_ids, masked_ids = unit_columns(visible_ids), None if masked_ids is None else unit_columns(masked_ids)
-    visible, masked = _new_outputs(patches, visible_ids, masked_ids, pos_embed)
+    visible, masked = _fake(patches, visible_ids, masked_ids, cls_token, pos_embed)
     batch, num_patches, width = patches.shape
-    tokens = visible.shape[1], 0 if masked_ids is None else masked.shape[1]
-    strides = visible_ids.stride(0), 0 if masked_ids is None else masked_ids.stride(0)
+    visible_tokens, masked_tokens = visible.shape[1], 0 if masked_ids is None else masked.shape[1]
     block = block_of(width)
     tile, num_warps = LAUNCH[block]
-    inputs = patches, visible_ids, masked_ids, cls_token, pos_embed
-    grid = (sum(triton.cdiv(batch * n, tile) for n in tokens),)
-    sizes = batch, num_patches, *tokens, *strides, width, block, tile
-    _forward_kernel[grid](*inputs, visible, masked, *sizes, num_warps=num_warps)
+
+    programs = triton.cdiv(batch * visible_tokens, tile) + triton.cdiv(batch * masked_tokens, tile)
+    _forward_kernel[(programs,)](
+        patches=patches, visible_ids=visible_ids, masked_ids=masked_ids, cls_token=cls_token, pos_embed=pos_embed,
+        visible=visible, masked=masked, batch=batch, num_patches=num_patches,
+        visible_tokens=visible_tokens, masked_tokens=masked_tokens, visible_stride=visible_ids.stride(0),
+        masked_stride=0 if masked_ids is None else masked_ids.stride(0),
+        D=width, BLOCK=block, ROWS=tile, num_warps=num_warps,
+    )  # fmt: skip
     return visible, masked
 
 
-def _backward(d_visible, visible_ids, num_patches, dtype, cls_dtype):
+def _backward(
+    d_visible: Tensor, visible_ids: Tensor, num_patches: int, dtype: torch.dtype, cls_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     d_visible, visible_ids = d_visible.contiguous(), unit_columns(visible_ids)
     batch, tokens, width = d_visible.shape
     d_patches = d_visible.new_empty((batch, num_patches, width), dtype=dtype)  # (B, N, D)
     block = block_of(width)
     tile, num_warps = LAUNCH[block]
-    sizes = tokens - 1, num_patches, visible_ids.stride(0), width, block, tile, IDS
-    grid = (batch, triton.cdiv(num_patches, tile))
-    _backward_kernel[grid](d_visible, visible_ids, d_patches, *sizes, num_warps=num_warps)
+
+    _backward_kernel[(batch, triton.cdiv(num_patches, tile))](
+        d_visible=d_visible, visible_ids=visible_ids, d_patches=d_patches, num_visible=tokens - 1,
+        num_patches=num_patches, ids_stride=visible_ids.stride(0),
+        D=width, BLOCK=block, ROWS=tile, IDS=IDS, num_warps=num_warps,
+    )  # fmt: skip
     return d_patches, sum_rows(d_visible[None, :, 0], cls_dtype)[None]
 
 
-_forward_op = torch.library.custom_op("cae::gather_tokens", _forward_reference, mutates_args=())
-_backward_op = torch.library.custom_op("cae::gather_tokens_backward", _backward_reference, mutates_args=())
-for _device in ("cuda", "cpu") if INTERPRETED else ("cuda",):
-    _forward_op.register_kernel(_device, _forward)
-    _backward_op.register_kernel(_device, _backward)
-
-
-@_forward_op.register_fake
-def _forward_fake(patches, visible_ids, masked_ids, cls_token, pos_embed):
-    return _new_outputs(patches, visible_ids, masked_ids, pos_embed)
-
-
-@_backward_op.register_fake
-def _backward_fake(d_visible, visible_ids, num_patches, dtype, cls_dtype):
-    batch, _, width = d_visible.shape
-    d_patches = d_visible.new_empty((batch, num_patches, width), dtype=dtype)
-    return d_patches, d_visible.new_empty((1, 1, width), dtype=cls_dtype)
-
-
-def _save(ctx, inputs, output):
-    patches, visible_ids, _, cls_token, _ = inputs
-    ctx.save_for_backward(visible_ids)
-    ctx.sizes = patches.shape[1], patches.dtype, cls_token.dtype
-    ctx.set_materialize_grads(False)
-
-
-def _gradients(backward, ctx, d_visible, d_masked):
+def _gradients(back, d_visible: Tensor | None, *saved) -> dict[str, Tensor]:
     if d_visible is None:
-        return None, None, None, None, None
-    d_patches, d_cls_token = backward(d_visible, *ctx.saved_tensors, *ctx.sizes)
-    return d_patches, None, None, d_cls_token, None
+        return {}
+    d_patches, d_cls_token = back(d_visible, *saved)
+    return {"patches": d_patches, "cls_token": d_cls_token}
 
 
-_forward_op.register_autograd(
-    lambda ctx, d_visible, d_masked: _gradients(_backward_op, ctx, d_visible, d_masked), setup_context=_save
+_gather_tokens = fused_op(
+    "gather_tokens",
+    run=_forward,
+    reference=_forward_reference,
+    fake=_fake,
+    back=_backward,
+    back_reference=_backward_reference,
+    save=lambda _, patches, ids, *rest: (ids, patches.shape[1], patches.dtype, rest[1].dtype),
+    gradients=_gradients,
+    differentiable=1,
 )
-
-
-class _Function(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *inputs):
-        output = _forward(*inputs)
-        _save(ctx, inputs, output)
-        ctx.mark_non_differentiable(output[1])
-        return output
-
-    @staticmethod
-    def backward(ctx, d_visible, d_masked):
-        return _gradients(_backward, ctx, d_visible, d_masked)
 
 
 def gather_tokens(
@@ -235,9 +210,9 @@ def gather_tokens(
         visible = gather_reference(patches, visible_ids, cls_token, pos_embed)
         with torch.no_grad():
             return visible, None if masked_ids is None else gather_reference(patches, masked_ids, cls_token, pos_embed)
+
     _check(patches, visible_ids, masked_ids, cls_token, pos_embed)
-    apply = _forward_op if custom_ops_wanted() else _Function.apply
-    visible, masked = apply(patches, visible_ids, masked_ids, cls_token, pos_embed)
+    visible, masked = _gather_tokens(patches, visible_ids, masked_ids, cls_token, pos_embed)
     return visible, None if masked_ids is None else masked.detach()
 
 
@@ -253,23 +228,3 @@ def _check(patches, visible_ids, masked_ids, cls_token, pos_embed):
             f"cls_token and pos_embed have shapes {tuple(cls_token.shape)} and {tuple(pos_embed.shape)}: with patches "
             f"{tuple(patches.shape)} they must be (1, 1, {width}) and ({num_patches + 1}, {width})"
         )
-
-
-def report_specs() -> list[Spec]:
-    """ViT-L B = 256 (98 of 196 patches visible) and ViT-H B = 128 (128 of 256), forward and backward."""
-    specs, rows, one, ids = [], "*bf16:16", "i32", "*i64:16"
-    for model, batch, patches, width in (("ViT-L", 256, 196, 1024), ("ViT-H", 128, 256, 1280)):
-        visible, block = patches // 2, block_of(width)
-        tile, num_warps = LAUNCH[block]
-        stream, constants = 2 * batch * width, (width, block, tile)
-        forward = (rows, ids, ids, rows, rows, rows, rows, "i32:16", one, one, one, one, one, *constants)
-        backward = (rows, ids, rows, one, one, one, *constants, IDS)
-        for name, kernel, arguments, programs, traffic in (
-            ("forward", _forward_kernel, forward, 2 * triton.cdiv(batch * (visible + 1), tile), 2 * (patches + 1)),
-            ("backward", _backward_kernel, backward, batch * triton.cdiv(patches, tile), patches + visible),
-        ):
-            signature = dict(zip(kernel.arg_names, arguments, strict=True))
-            narrow = "patch numbers: one value a row"
-            launch = num_warps, 3, programs, 0, stream * traffic
-            specs.append(Spec(f"gather_tokens {name} {model}", kernel, signature, *launch, narrow=narrow))
-    return specs

@@ -9,15 +9,14 @@ M rows asked for, D width, V codes, S splits.
 """
 
 import functools
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import backend, custom_ops_wanted
-from .report_spec import Spec
-from .triton_language import INTERPRETED, tl, triton
+from .dispatch import backend
+from .parts.registration import fused_op
+from .parts.triton_language import tl, triton
 
 # Rows, codes, width of a tile; warps, stages.
 HALF_LAUNCH = (128, 256, 64, 8, 4)  # 192 KB of shared memory: Hopper
@@ -36,8 +35,11 @@ def linear_argmax_reference(x: Tensor, weight: Tensor, bias: Tensor | None, rows
 
 @triton.jit
 def _kernel(
-    x, weight, bias, rows, values, indices, count, codes, x_stride, tiles,
-    WIDTH: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ROWS: tl.constexpr,
+    x, weight, bias,  # (N, D), columns side by side; (V, D), contiguous; (V,) or None
+    rows,  # (M,) int64 or None
+    values, indices,  # (S, M) float32, int32: best logit and its code
+    count, codes, x_stride, tiles,  # M, V, stride of x's rows, tiles of codes of a split
+    WIDTH: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ROWS: tl.constexpr,  # D
     TILE_ROWS: tl.constexpr, TILE_CODES: tl.constexpr, TILE_WIDTH: tl.constexpr,
 ):  # fmt: skip
     split = tl.program_id(1)
@@ -49,6 +51,7 @@ def _kernel(
     x_tile = x + source[:, None] * x_stride + depth[None, :]
     best = tl.full((TILE_ROWS,), float("-inf"), tl.float32)
     index = tl.zeros((TILE_ROWS,), tl.int32)
+
     for tile in range(split * tiles, min((split + 1) * tiles, tl.cdiv(codes, TILE_CODES))):
         code = tile * TILE_CODES + tl.arange(0, TILE_CODES)
         known = tl.minimum(code, codes - 1)
@@ -62,6 +65,7 @@ def _kernel(
                 a = tl.load(x_tile + start, mask=(depth < WIDTH - start)[None, :], other=0.0)
                 b = tl.load(weight_tile + start, mask=(depth < WIDTH - start)[:, None], other=0.0)
             logits = tl.dot(a, b, logits, input_precision="ieee")
+
         if HAS_BIAS:
             logits += tl.load(bias + known).to(tl.float32)[None, :]
         # Codes past the end repeat the last one, which comes before them.
@@ -69,13 +73,18 @@ def _kernel(
         first = tl.min(tl.where(logits == largest[:, None], code[None, :], 2147483647), 1)
         index = tl.where(largest > best, first, index)
         best = tl.maximum(best, largest)
+
     place = split * count + row
     tl.store(values + place, best, mask=row < count)
     tl.store(indices + place, index, mask=row < count)
 
 
 @triton.jit
-def _select_kernel(values, indices, out, count, splits, BLOCK: tl.constexpr):
+def _select_kernel(
+    values, indices, out,  # (S, M) float32, (S, M) int32, (M,) int64
+    count, splits,  # M, S
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = row < count
     best = tl.full((BLOCK,), float("-inf"), tl.float32)
@@ -115,23 +124,31 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None
     out = x.new_empty(count, dtype=torch.int64)
     if count == 0:
         return out
-    *tile, num_warps, num_stages = _settings(x)
-    row_blocks = triton.cdiv(count, tile[0])
-    splits, tiles = _splits(row_blocks, triton.cdiv(codes, tile[1]))
+
+    tile_rows, tile_codes, tile_width, num_warps, num_stages = _settings(x)
+    row_blocks = triton.cdiv(count, tile_rows)
+    splits, tiles = _splits(row_blocks, triton.cdiv(codes, tile_codes))
     values = x.new_empty(splits, count, dtype=torch.float32)
     indices = x.new_empty(splits, count, dtype=torch.int32)
     _kernel[(row_blocks, splits)](
-        x, weight, bias, rows, values, indices, count, codes, x.stride(0), tiles,
-        x.shape[1], bias is not None, rows is not None, *tile, num_warps=num_warps, num_stages=num_stages,
+        x=x, weight=weight, bias=bias, rows=rows, values=values, indices=indices,
+        count=count, codes=codes, x_stride=x.stride(0), tiles=tiles,
+        WIDTH=x.shape[1], HAS_BIAS=bias is not None, HAS_ROWS=rows is not None,
+        TILE_ROWS=tile_rows, TILE_CODES=tile_codes, TILE_WIDTH=tile_width, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
-    _select_kernel[(triton.cdiv(count, SELECT_BLOCK),)](values, indices, out, count, splits, SELECT_BLOCK)
+
+    _select_kernel[(triton.cdiv(count, SELECT_BLOCK),)](
+        values=values, indices=indices, out=out, count=count, splits=splits, BLOCK=SELECT_BLOCK
+    )
     return out
 
 
-_op = torch.library.custom_op("cae::linear_argmax", linear_argmax_reference, mutates_args=())
-for _device in ("cuda", "cpu") if INTERPRETED else ("cuda",):
-    _op.register_kernel(_device, _forward)
-_op.register_fake(lambda x, weight, bias, rows: x.new_empty(len(x) if rows is None else len(rows), dtype=torch.int64))
+_linear_argmax = fused_op(
+    "linear_argmax",
+    run=_forward,
+    reference=linear_argmax_reference,
+    fake=lambda x, weight, bias, rows: x.new_empty(len(x) if rows is None else len(rows), dtype=torch.int64),
+)
 
 
 @torch.no_grad()
@@ -143,32 +160,4 @@ def linear_argmax(x: Tensor, weight: Tensor, bias: Tensor | None = None, rows: T
     """
     if backend("linear_argmax", x) == "reference":
         return linear_argmax_reference(x, weight, bias, rows)
-    return (_op if custom_ops_wanted() else _forward)(x, weight, bias, rows)
-
-
-def report_specs() -> list[Spec]:
-    """Requested rows of the DALL-E tokenizer's head (2048 -> 8192) at ViT-L, batch 256 and ViT-H, batch 128."""
-    specs = []
-    for model, count in (("ViT-L", 256 * 98), ("ViT-H", 128 * 128)):
-        for dtype, launch in (("fp16", HALF_LAUNCH), ("bf16", HALF_LAUNCH), ("fp32", FLOAT_LAUNCH)):
-            *tile, num_warps, num_stages = launch
-            signature: dict[str, Any] = dict.fromkeys(("x", "weight", "bias"), f"*{dtype}:16")
-            signature |= {"rows": "*i64:16", "values": "*fp32:16", "indices": "*i32:16"}
-            signature |= {"count": "i32:16", "codes": "i32:16", "x_stride": "i32:16", "tiles": "i32:16"}
-            signature |= {"WIDTH": 2048, "HAS_BIAS": True, "HAS_ROWS": True}
-            signature |= dict(zip(("TILE_ROWS", "TILE_CODES", "TILE_WIDTH"), tile, strict=True))
-            row_blocks = triton.cdiv(count, tile[0])
-            splits, _ = _splits(row_blocks, triton.cdiv(8192, tile[1]))
-            size = (count + 8192) * 2048 * (4 if dtype == "fp32" else 2)
-            name = f"linear_argmax {model} {dtype}"
-            flops = 2 * count * 2048 * 8192
-            narrow = "row numbers and bias, once per row block and tile of codes"
-            programs = row_blocks * splits
-            specs.append(Spec(name, _kernel, signature, num_warps, num_stages, programs, flops, size, narrow=narrow))
-        signature = {"values": "*fp32:16", "indices": "*i32:16", "out": "*i64:16", "count": "i32:16", "splits": "i32"}
-        signature |= {"BLOCK": SELECT_BLOCK}
-        splits, _ = _splits(triton.cdiv(count, HALF_LAUNCH[0]), 8192 // HALF_LAUNCH[1])
-        launch = (4, 1, triton.cdiv(count, SELECT_BLOCK), 0, count * (8 * splits + 8))
-        narrow = "a block has two numbers for each thread"
-        specs.append(Spec(f"linear_argmax select {model}", _select_kernel, signature, *launch, narrow=narrow))
-    return specs
+    return _linear_argmax(x, weight, bias, rows)

@@ -9,17 +9,21 @@ Statistics and sums are float32 whatever the inputs are. Forward reads x and bra
 reads both gradients, x and branch (x' is made again: exact where the stored one is rounded) and writes d_x, d_branch.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import backend, custom_ops_wanted
-from .norm_rows import (
+from .dispatch import backend
+from .parts.registration import fused_op
+from .parts.rows import (
     BACKWARD_LAUNCH,
     FORWARD_LAUNCH,
     STAGES,
-    block_of,
     check_rows,
+    dense,
+    launch_of,
     load_branch,
     load_vector,
     load_x,
@@ -32,7 +36,7 @@ from .norm_rows import (
     tile_rows,
     unit_columns,
 )
-from .triton_language import INTERPRETED, tl, triton
+from .parts.triton_language import tl, triton
 
 Norm = tuple[Tensor, Tensor]  # weight (D,), bias (D,)
 
@@ -46,6 +50,14 @@ def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float) ->
 def residual_reference(x: Tensor, branch: Tensor, gamma: Tensor, keep: Tensor | None) -> Tensor:
     scaled = gamma * branch  # (B, n, D)
     return (x + (scaled if keep is None else scaled * keep[:, None, None])).to(x.dtype)
+
+
+def residual_backward_reference(
+    d_x: Tensor, branch: Tensor, gamma: Tensor, keep: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Gradients of branch and gamma."""
+    d_kept = d_x if keep is None else d_x * keep[:, None, None]
+    return (d_kept * gamma).to(branch.dtype), (d_kept * branch).sum((0, 1))
 
 
 def residual_norm_reference(
@@ -73,15 +85,18 @@ def normalize_backward_reference(
     return d_value, (grad * hat).sum((0, 1)), grad.sum((0, 1))
 
 
-def _forward_reference(
-    x: Tensor,
-    branch: Tensor | None,
-    gamma: Tensor | None,
-    keep: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+class Inputs(NamedTuple):
+    x: Tensor  # (B, n, D)
+    branch: Tensor | None  # (B, n, D)
+    gamma: Tensor | None  # (D,)
+    keep: Tensor | None  # (B,)
+    weight: Tensor  # (D,)
+    bias: Tensor  # (D,)
+    eps: float
+
+
+def _forward_reference(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    x, branch, gamma, keep, weight, bias, eps = inputs
     if branch is None or gamma is None:
         return x.new_empty(0), layer_norm_reference(x, weight, bias, eps).contiguous(), statistics_reference(x, eps)
     x_new, normed = residual_norm_reference(x, branch, gamma, keep, (weight, bias), eps)
@@ -89,40 +104,43 @@ def _forward_reference(
 
 
 def _backward_reference(
-    d_x_new: Tensor | None,
-    d_normed: Tensor,
-    x: Tensor,
-    branch: Tensor | None,
-    gamma: Tensor | None,
-    keep: Tensor | None,
-    weight: Tensor,
-    stats: Tensor,
+    d_x_new: Tensor | None, d_normed: Tensor, stats: Tensor, inputs: Inputs
 ) -> tuple[Tensor, Tensor, Tensor]:
+    x, branch, gamma, keep, weight, _, _ = inputs
     updated = x if branch is None or gamma is None else residual_reference(x, branch, gamma, keep)
     d_x, d_weight, d_bias = normalize_backward_reference(d_normed, updated, weight, stats)
     if d_x_new is not None:
         d_x = d_x + d_x_new
     if branch is None or gamma is None:
         return d_x.to(x.dtype), x.new_empty(0), torch.stack((d_weight, d_bias)).to(weight.dtype)
-    d_kept = d_x if keep is None else d_x * keep[:, None, None]
-    sums = torch.stack((d_weight, d_bias, (d_kept * branch).sum((0, 1))))  # (3, D)
-    return d_x.to(x.dtype), (d_kept * gamma).to(branch.dtype), sums.to(weight.dtype)
+
+    d_branch, d_gamma = residual_backward_reference(d_x, branch, gamma, keep)
+    return d_x.to(x.dtype), d_branch, torch.stack((d_weight, d_bias, d_gamma)).to(weight.dtype)
 
 
 @triton.jit
 def _forward_kernel(
-    x, branch, gamma, keep, weight, bias, x_new, normed, stats, rows, tokens, batch_stride, row_stride, eps,
-    D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    x,  # (rows, D), rows spaced anyhow
+    branch,  # (rows, D) or None
+    gamma, keep,  # (D,), (B,) float32 or None
+    weight, bias,  # (D,)
+    x_new, normed, stats,  # (rows, D) or empty; (rows, D); (2, rows) float32
+    rows, tokens,  # B * n, n
+    batch_stride, row_stride,  # of x
+    eps,
+    D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,  # a tile's columns and rows
 ):  # fmt: skip
     row, exists, image = tile_rows(tl.program_id(0) * ROWS, rows, tokens, ROWS)
     column = tl.arange(0, BLOCK)
     inside = exists[:, None] & (column < D)[None, :]
     offset = row.to(tl.int64)[:, None] * D + column[None, :]
     value = load_x(x, row, image, tokens, batch_stride, row_stride, column, inside)
+
     if branch is not None:
         branch_value, kept = load_branch(branch, keep, offset, image, exists, inside)
         value += kept * load_vector(gamma, column, D) * branch_value
         tl.store(x_new + offset, value.to(x_new.dtype.element_ty), mask=inside)
+
     hat, mean, rstd = normalize(value, inside, eps, D)
     out = hat * load_vector(weight, column, D) + load_vector(bias, column, D)
     tl.store(normed + offset, out.to(normed.dtype.element_ty), mask=inside)
@@ -132,9 +150,16 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    d_x_new, d_normed, x, branch, gamma, keep, weight, stats, d_x, d_branch, partial, rows, tokens, batch_stride,
-    row_stride,
-    D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
+    d_x_new, d_normed,  # (rows, D) or None; (rows, D)
+    x,  # (rows, D), rows spaced anyhow
+    branch,  # (rows, D) or None
+    gamma, keep,  # (D,), (B,) float32 or None
+    weight, stats,  # (D,); (2, rows) float32
+    d_x, d_branch,  # (rows, D); (rows, D) or empty
+    partial,  # (K, programs, D) float32
+    rows, tokens,  # B * n, n
+    batch_stride, row_stride,  # of x
+    D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,  # a tile's columns and rows
 ):  # fmt: skip
     column = tl.arange(0, BLOCK)
     scale = load_vector(weight, column, D)
@@ -143,6 +168,7 @@ def _backward_kernel(
     if branch is not None:
         layer_scale = load_vector(gamma, column, D)
         d_gamma = tl.zeros((ROWS, BLOCK), tl.float32)
+
     for first in tl.range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
         row, exists, image = tile_rows(first, rows, tokens, ROWS)
         inside = exists[:, None] & (column < D)[None, :]
@@ -151,10 +177,12 @@ def _backward_kernel(
         if branch is not None:
             branch_value, kept = load_branch(branch, keep, offset, image, exists, inside)
             value += kept * layer_scale * branch_value
+
         grad = tl.load(d_normed + offset, mask=inside, other=0.0).to(tl.float32)
         hat, rstd = renormalize(value, stats, row, rows, exists)
         d_weight += grad * hat
         d_bias += grad
+
         total = normalize_backward(grad * scale, hat, rstd, D)
         if d_x_new is not None:
             total += tl.load(d_x_new + offset, mask=inside, other=0.0).to(tl.float32)
@@ -163,97 +191,67 @@ def _backward_kernel(
             total *= kept
             d_gamma += total * branch_value
             tl.store(d_branch + offset, (total * layer_scale).to(d_branch.dtype.element_ty), mask=inside)
+
     store_partial(partial, 0, d_weight, column, D)
     store_partial(partial, 1, d_bias, column, D)
     if branch is not None:
         store_partial(partial, 2, d_gamma, column, D)
 
 
-def _new_outputs(x: Tensor, branch: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     """Room for the new residual stream (nothing without a branch), the normed rows and (2, B, n) statistics."""
+    x, branch = inputs.x, inputs.branch
     x_new = x.new_empty(0 if branch is None else x.shape)
-    normed = x.new_empty(x.shape, dtype=(weight if branch is None else branch).dtype)  # (B, n, D)
+    normed = x.new_empty(x.shape, dtype=(inputs.weight if branch is None else branch).dtype)  # (B, n, D)
     return x_new, normed, x.new_empty((2, *x.shape[:2]), dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-def _forward(x, branch, gamma, keep, weight, bias, eps):
-    x, branch = unit_columns(x), None if branch is None else branch.contiguous()
-    outputs = _new_outputs(x, branch, weight)
-    batch, tokens, width = x.shape
-    block = block_of(width)
-    tile, num_warps = FORWARD_LAUNCH[block]
-    inputs = x, branch, gamma, keep, weight, bias
-    sizes = batch * tokens, tokens, x.stride(0), x.stride(1), eps, width, block, tile
-    _forward_kernel[(triton.cdiv(batch * tokens, tile),)](*inputs, *outputs, *sizes, num_warps=num_warps)
-    return outputs
+def _forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = inputs._replace(x=unit_columns(inputs.x), branch=dense(inputs.branch))
+    x_new, normed, stats = _fake(inputs)
+    programs, arguments = launch_of(inputs.x, FORWARD_LAUNCH)
+    _forward_kernel[(programs,)](**inputs._asdict(), x_new=x_new, normed=normed, stats=stats, **arguments)
+    return x_new, normed, stats
 
 
-def _backward(d_x_new, d_normed, x, branch, gamma, keep, weight, stats):
-    x, d_normed = unit_columns(x), d_normed.contiguous()
-    d_x_new = None if d_x_new is None else d_x_new.contiguous()
-    branch = None if branch is None else branch.contiguous()
+def _backward(d_x_new: Tensor | None, d_normed: Tensor, stats: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    x, branch, gamma, keep, weight, _, _ = inputs
+    x, branch = unit_columns(x), dense(branch)
     d_x, d_branch = new_gradients(x, branch)
-    batch, tokens, width = x.shape
-    block = block_of(width)
-    tile, num_warps, most = BACKWARD_LAUNCH[block]
-    programs = min(most, triton.cdiv(batch * tokens, tile))
-    partial = x.new_empty((2 if branch is None else 3, programs, width), dtype=torch.float32)  # (K, programs, D)
-    inputs = d_x_new, d_normed, x, branch, gamma, keep, weight, stats
-    sizes = batch * tokens, tokens, x.stride(0), x.stride(1), width, block, tile, STAGES
-    _backward_kernel[(programs,)](*inputs, d_x, d_branch, partial, *sizes, num_warps=num_warps)
+    programs, arguments = launch_of(x, BACKWARD_LAUNCH)
+    partial = x.new_empty((2 if branch is None else 3, programs, x.shape[2]), dtype=torch.float32)  # (K, programs, D)
+
+    _backward_kernel[(programs,)](
+        d_x_new=dense(d_x_new), d_normed=d_normed.contiguous(), x=x, branch=branch, gamma=gamma, keep=keep,
+        weight=weight, stats=stats, d_x=d_x, d_branch=d_branch, partial=partial, STAGES=STAGES, **arguments,
+    )  # fmt: skip
     return d_x, d_branch, sum_rows(partial, weight.dtype)
 
 
-_forward_op = torch.library.custom_op("cae::residual_norm", _forward_reference, mutates_args=())
-_backward_op = torch.library.custom_op("cae::residual_norm_backward", _backward_reference, mutates_args=())
-for _device in ("cuda", "cpu") if INTERPRETED else ("cuda",):
-    _forward_op.register_kernel(_device, _forward)
-    _backward_op.register_kernel(_device, _backward)
-
-
-@_forward_op.register_fake
-def _forward_fake(x, branch, gamma, keep, weight, bias, eps):
-    return _new_outputs(x, branch, weight)
-
-
-@_backward_op.register_fake
-def _backward_fake(d_x_new, d_normed, x, branch, gamma, keep, weight, stats):
-    return *new_gradients(x, branch), weight.new_empty((2 if branch is None else 3, x.shape[2]))
-
-
-def _save(ctx, inputs, output):
-    x, branch, gamma, keep, weight, _, _ = inputs
-    ctx.save_for_backward(x, branch, gamma, keep, weight, output[2])
-    ctx.normed_dtype = output[1].dtype
-    ctx.set_materialize_grads(False)  # where one output is not used, no zeros are made and read for it
-
-
-def _gradients(backward, ctx, d_x_new, d_normed):
-    saved = ctx.saved_tensors  # read once: activation checkpointing gives each of them once
-    x, branch, gamma, *_ = saved
+def _gradients(back, d_x_new, d_normed, stats, inputs: Inputs) -> dict[str, Tensor]:
+    branch = inputs.branch
     if d_normed is None:
-        d_normed = x.new_zeros(x.shape, dtype=ctx.normed_dtype)
-    d_x, d_branch, sums = backward(d_x_new if branch is not None else None, d_normed, *saved)
-    if branch is None:
-        return d_x, None, None, None, sums[0], sums[1], None
-    return d_x, d_branch, sums[2].to(gamma.dtype), None, sums[0], sums[1], None
+        dtype = (inputs.weight if branch is None else branch).dtype
+        d_normed = inputs.x.new_zeros(inputs.x.shape, dtype=dtype)
+    d_x, d_branch, sums = back(None if branch is None else d_x_new, d_normed, stats, *inputs)
+
+    found = {"x": d_x, "weight": sums[0], "bias": sums[1]}
+    if branch is not None and inputs.gamma is not None:
+        found |= {"branch": d_branch, "gamma": sums[2].to(inputs.gamma.dtype)}
+    return found
 
 
-_forward_op.register_autograd(
-    lambda ctx, d_x_new, d_normed, d_stats: _gradients(_backward_op, ctx, d_x_new, d_normed), setup_context=_save
+_residual_norm = fused_op(
+    "residual_norm",
+    run=_forward,
+    reference=_forward_reference,
+    fake=_fake,
+    back=_backward,
+    back_reference=_backward_reference,
+    save=lambda outputs, *inputs: (outputs[2], *inputs),
+    gradients=_gradients,
+    differentiable=2,
 )
-
-
-class _Function(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *inputs):
-        output = _forward(*inputs)
-        _save(ctx, inputs, output)
-        return output[:2]
-
-    @staticmethod
-    def backward(ctx, d_x_new, d_normed):
-        return _gradients(_backward, ctx, d_x_new, d_normed)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -261,6 +259,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     chosen = backend("layer_norm", x)
     if chosen == "reference":
         return layer_norm_reference(x, weight, bias, eps)
+
     if chosen == "liger":
         from liger_kernel.ops.layer_norm import LigerLayerNormFunction
 
@@ -269,8 +268,10 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         from apex.normalization.fused_layer_norm import mixed_dtype_fused_layer_norm_affine
 
         return mixed_dtype_fused_layer_norm_affine(x, weight, bias, weight.shape, eps)
+
     check_rows(x, None, None, (weight, bias))
-    return (_forward_op if custom_ops_wanted() else _Function.apply)(x, None, None, None, weight, bias, eps)[1]
+    inputs = Inputs(x=x, branch=None, gamma=None, keep=None, weight=weight, bias=bias, eps=eps)
+    return _residual_norm(*inputs)[1]
 
 
 def residual_norm(
@@ -285,5 +286,5 @@ def residual_norm(
     if backend("residual_norm", x) == "reference":
         return residual_norm_reference(x, branch, gamma, keep, norm, eps)
     check_rows(x, branch, keep, (gamma, *norm))
-    apply = _forward_op if custom_ops_wanted() else _Function.apply
-    return apply(x, branch, gamma, keep, *norm, eps)[:2]
+    inputs = Inputs(x=x, branch=branch, gamma=gamma, keep=keep, weight=norm[0], bias=norm[1], eps=eps)
+    return _residual_norm(*inputs)[:2]

@@ -20,8 +20,10 @@ from cae_fast.models.dvae import DiscreteVAE, resolve_tokenizer
 from cae_fast.models.targets import DvaeTokenizer, PixelTargets
 from cae_fast.models.teacher import TeacherFeatures
 from cae_fast.models.vit import Block, VisionTransformer
+from cae_kernels.parts import registration
+from cae_kernels.report import collect
 
-OPS = "alignment_loss attention cross_attention gather_tokens linear_argmax linear_cross_entropy linear_gelu qkv_norm"
+OPS = "attention cross_attention gather_tokens linear_argmax linear_cross_entropy linear_gelu qkv_norm"
 BATCH = 3
 
 
@@ -31,17 +33,19 @@ def kernels(request, monkeypatch):
 
     eager: through the op's autograd.Function, as in training; registered: through torch.ops.cae, as when compiled.
     """
-    for name in (*OPS.split(), "residual_norm"):
-        op = importlib.import_module(f"cae_kernels.{name}")
-        monkeypatch.setattr(op, "backend", lambda op, tensor: "triton")
-        monkeypatch.setattr(op, "custom_ops_wanted", lambda: request.param == "registered")
-        monkeypatch.setattr(op, "_forward", getattr(op, "_forward_op", None) or op._op)
-        if hasattr(op, "_backward"):
-            monkeypatch.setattr(op, "_backward", op._backward_op)
-        if hasattr(op, "route"):
-            monkeypatch.setattr(op, "route", lambda *_: "triton")
-        if hasattr(op, "_launch_forward"):
-            monkeypatch.setattr(op, "_launch_forward", lambda pre, bias, approximate, out: out)
+    monkeypatch.setattr(registration, "custom_ops_wanted", lambda: request.param == "registered")
+    for name in (*OPS.split(), "residual_norm", "squared_error"):
+        module = importlib.import_module(f"cae_kernels.{name}")
+        monkeypatch.setattr(module, "backend", lambda op, tensor: "triton")
+        (op,) = (value for value in vars(module).values() if isinstance(value, registration.FusedOp))
+        monkeypatch.setattr(op, "run", op.registered)
+        if op.back:
+            monkeypatch.setattr(op, "back", op.registered_back)
+        if hasattr(module, "route"):
+            monkeypatch.setattr(module, "route", lambda *_: "triton")
+        if hasattr(module, "_launch_forward"):
+            monkeypatch.setattr(module, "custom_ops_wanted", lambda: request.param == "registered")
+            monkeypatch.setattr(module, "_launch_forward", lambda pre, bias, out: out)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -247,12 +251,7 @@ def test_model_state_in_float32():
 def test_traffic_is_what_the_kernels_move(size, model_name, batch):
     """Against the bytes in the kernels' own reports at these shapes, within 2 %."""
     pytest.importorskip("triton", reason="the kernels' reports need Triton")
-    modules = ("attention", "cross_attention", "gather_tokens", "linear_gelu", "norm_specs", "linear_cross_entropy")
-    moved = {
-        spec.name: spec.bytes
-        for name in (*modules, "alignment_loss")
-        for spec in importlib.import_module(f"cae_kernels.{name}").report_specs()
-    }
+    moved = {spec.name: spec.bytes for spec in collect()}
 
     def both(op, suffix=""):
         return sum(moved[f"{op} {way} {model_name}{suffix}"] for way in ("forward", "backward"))
@@ -261,11 +260,11 @@ def test_traffic_is_what_the_kernels_move(size, model_name, batch):
         model = ContextAutoencoder(ModelConfig(size=size), 8192, True)
     masked, shape = model.encoder.grid**2 // 2, model.shape
     stream = 2 * batch * (masked + 1) * shape.embed_dim  # one pass over n D
-    block = both("attention") + 2 * both("residual_norm", " bf16") + both("linear_gelu", " erf") + 5 * stream
+    block = both("attention") + 2 * both("residual_norm", " bf16") + both("linear_gelu") + 5 * stream
     once = moved[f"attention forward {model_name}"] + 2 * moved[f"residual_norm forward {model_name} bf16"]
-    once += moved[f"linear_gelu forward {model_name} erf"]
+    once += moved[f"linear_gelu forward {model_name}"]
     regressor = both("qkv_norm", " masked") + both("qkv_norm", " context") + both("cross_attention")
-    regressor += both("residual_norm", " bf16") + both("linear_gelu", " erf") + 5 * stream
-    losses = both("alignment_loss", f" B{batch}") + moved[f"linear_cross_entropy {model_name} bf16 gradient"]
+    regressor += both("residual_norm", " bf16") + both("linear_gelu") + 5 * stream
+    losses = both("squared_error", f" B{batch}") + moved[f"linear_cross_entropy {model_name} bf16 gradient"]
     expected = (shape.depth + 4) * block + shape.depth * once + 4 * regressor + both("gather_tokens") + losses
     assert batch * traffic(model, masked, 2) == pytest.approx(expected, rel=0.02)

@@ -5,8 +5,8 @@ import torch
 
 from cae_kernels import attention
 from cae_kernels.attention import attention_backward_reference, attention_reference, route
-from cae_kernels.attention_libraries import library_attention
 from cae_kernels.dispatch import ATTENTION
+from cae_kernels.parts.attention_libraries import library_attention
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 REAL = [(256, 99, 16, 64), (128, 129, 16, 80), (128, 128, 16, 80)]  # images, tokens, heads, head width

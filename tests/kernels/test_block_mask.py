@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from cae_kernels.block_mask import block_mask, random_mask
-from cae_kernels.philox import STREAM_MASK, draw, uniform
+from cae_kernels import block_mask, random_mask
+from cae_kernels.parts.philox import STREAM_MASK, draw, uniform
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "block_mask_distribution"
 LOWEST_P_VALUE = 1e-4

@@ -87,7 +87,7 @@ def test_forced_triton_on_a_cpu_is_refused(monkeypatch):
 @pytest.mark.parametrize(
     ("setting", "text"),
     [
-        ("attension=triton", r"'attension=triton'.*ops are all, adamw, alignment_loss, attention"),
+        ("attension=triton", r"'attension=triton'.*ops are all, adamw, attention"),
         ("attention=liger", r"'attention=liger'.*backends of attention are triton, reference, sdpa_flash"),
         ("attention", r"'attention'.*backends of attention are"),
         ("all=fast", r"'all=fast'.*backends of all are triton, reference, apex"),

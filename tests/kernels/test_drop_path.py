@@ -7,7 +7,7 @@ import torch
 from cae_fast.data import sampling
 from cae_kernels import drop_path_scales
 from cae_kernels.drop_path import drop_path_scales_reference
-from cae_kernels.philox import STREAM_DROP_PATH
+from cae_kernels.parts.philox import STREAM_DROP_PATH
 
 RATES = torch.tensor([0.0, 0.01, 0.05, 0.1, 0.3, 0.5, 0.9])
 

@@ -6,15 +6,16 @@ import re
 
 import pytest
 
-from cae_kernels.mask_kernels import SETTINGS, report_specs
-from cae_kernels.report_compile import compile_ptx
+from cae_kernels.random_mask import SETTINGS
+from cae_kernels.report import collect
+from cae_kernels.report.compile import compile_ptx
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton installed, for its compiler")
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="needs TRITON_INTERPRET unset")
 def test_every_operation_is_rounded_on_its_own():
     assert SETTINGS["enable_fp_fusion"] is False
-    spec = report_specs()[0]
+    spec = collect("block_mask")[0]
     assert {name: SETTINGS[name] for name in spec.options} == spec.options
     code = compile_ptx(spec, 90)
     operations = {name for name in re.findall(r"^\s*(?:@%p\d+ )?([a-z0-9.]+)\s", code, re.MULTILINE) if ".f32" in name}

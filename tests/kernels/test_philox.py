@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from cae_fast.data import sampling
-from cae_kernels.philox import STREAM_MASK, draw, philox4x32, uniform
+from cae_kernels.parts.philox import STREAM_MASK, draw, philox4x32, uniform
 
 ONES = 2**32 - 1
 

@@ -40,9 +40,9 @@ def test_opcheck_residual_norm(branch, keep, stream, dtype):
     torch.library.opcheck(torch.ops.cae.residual_norm.default, inputs, **tolerance)
     x_new, normed, stats = torch.ops.cae.residual_norm(*inputs)
     assert (x_new.dtype, normed.dtype, stats.dtype) == (stream, dtype, torch.float32)
-    x, y, gamma, factors, weight, *_ = (tensor.detach() if torch.is_tensor(tensor) else tensor for tensor in inputs)
-    inputs = (x if branch else None, torch.randn(2, 3, 8).to(dtype), x, y, gamma, factors, weight, stats.detach())
-    torch.library.opcheck(torch.ops.cae.residual_norm_backward.default, inputs)
+    inputs = [tensor.detach() if torch.is_tensor(tensor) else tensor for tensor in inputs]
+    grads = (inputs[0] if branch else None, torch.randn(2, 3, 8).to(dtype))
+    torch.library.opcheck(torch.ops.cae.residual_norm_backward.default, (*grads, stats.detach(), *inputs))
 
 
 @pytest.mark.parametrize("branch", [True, False])
@@ -53,8 +53,7 @@ def test_opcheck_qkv_norm(branch, query):
     *_, stats = torch.ops.cae.qkv_norm(*inputs)
     inputs = [tensor.detach() if torch.is_tensor(tensor) else tensor for tensor in inputs]
     grads = [torch.randn(2, 3, 8) if used else None for used in (branch, query, True, True)]
-    inputs = (*grads, *inputs[:6], inputs[6], inputs[8], inputs[10], stats.detach())
-    torch.library.opcheck(torch.ops.cae.qkv_norm_backward.default, inputs)
+    torch.library.opcheck(torch.ops.cae.qkv_norm_backward.default, (*grads, stats.detach(), *inputs))
 
 
 @pytest.mark.parametrize("branch", [True, False])

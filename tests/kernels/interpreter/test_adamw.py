@@ -77,7 +77,8 @@ def test_the_reference_makes_the_same_step():
     other = adamw_state(clones, [clone.bfloat16() for clone in clones], DECAYS)
     for skip in (0.0, 1.0, 0.0):
         step(state, gradients, skip=skip)
-        adamw_reference(other, gradients, 1e-2, BETAS, EPS, torch.tensor(1.0), torch.tensor(skip))
+        settings = {"lr": 1e-2, "betas": BETAS, "eps": EPS}
+        adamw_reference(other, gradients, **settings, clip_factor=torch.tensor(1.0), skip=torch.tensor(skip))
     assert state.step == other.step == 2
     for ours, theirs in zip(tensors(state), tensors(other), strict=True):
         torch.testing.assert_close(

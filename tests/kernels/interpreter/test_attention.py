@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from checking import assert_close, errors
 
 from cae_kernels.attention import _backward, _forward, attention, attention_backward_reference, route, tile_of
-from cae_kernels.attention_tiles import split_width
+from cae_kernels.parts.attention_tiles import split_width
 
 LIMITS = {torch.bfloat16: ((3e-3, 2e-2), (4e-3, 3e-2)), torch.float32: ((2e-6, 1e-5), (5e-6, 5e-5))}
 SHAPES = [  # images, tokens, heads, head width

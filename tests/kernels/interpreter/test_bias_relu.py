@@ -141,8 +141,8 @@ def test_the_encoder_and_the_decoder(dtype, error, num_blocks, monkeypatch):
     monkeypatch.setenv("CAE_KERNELS", "all=reference")
     expected = copy.deepcopy(encoder).double().features(pixels.double()), copy.deepcopy(decoder).double()(codes)
     monkeypatch.delenv("CAE_KERNELS")
-    launches = []
-    monkeypatch.setattr(module, "_launch", lambda *args, launch=module._launch: launches.append(launch(*args)))
+    launches, launch = [], module._launch
+    monkeypatch.setattr(module, "_launch", lambda *args, **named: launches.append(launch(*args, **named)))
     tokenizer = DalleTokenizer(encoder, decoder, dtype=dtype)
     features = tokenizer.encoder.features(pixels.to(dtype, memory_format=torch.channels_last))
     assert len(launches) == 1 + 4 * 4 * num_blocks

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from cae_kernels import block_mask, random_mask
-from cae_kernels.block_mask import block_mask_reference, random_mask_reference
+from cae_kernels.block_mask import block_mask_reference
+from cae_kernels.random_mask import random_mask_reference
 
 module = sys.modules["cae_kernels.block_mask"]
 
@@ -22,10 +23,9 @@ SEEDS = [0, 7, 2**63 + 5, 2**32 - 1]
 POSITIONS = torch.tensor([0, 1, 2**31, 2**32 - 1, 2**32, 2**40 + 3])
 
 
-def reference(positions, seed, height, width, num_masked, min_block=16, max_block=None, min_aspect=0.3):
-    max_block = num_masked if max_block is None else max_block
-    proposals = module.MAX_PROPOSALS
-    return block_mask_reference(positions, seed, height, width, num_masked, min_block, max_block, min_aspect, proposals)
+def reference(positions, seed, **settings):
+    settings = {"min_block": 16, "max_block": settings["num_masked"], "min_aspect": 0.3} | settings
+    return block_mask_reference(positions, seed=seed, **settings, max_proposals=module.MAX_PROPOSALS)
 
 
 @pytest.mark.parametrize("settings", SETTINGS)

@@ -25,46 +25,45 @@ def outcome(function, inputs, d_out):
     return [out, *torch.autograd.grad(out, inputs, d_out.to(out.dtype))]
 
 
-@pytest.mark.parametrize("approximate", ["none", "tanh"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_forward_and_every_gradient(shape, dtype, approximate):
+def test_forward_and_every_gradient(shape, dtype):
     inputs = make(shape, dtype)
     d_out = torch.randn(*shape[:2], shape[3]).to(dtype)
 
     def plain(x, weight, bias):
-        return F.gelu(F.linear(x, weight, bias), approximate=approximate)
+        return F.gelu(F.linear(x, weight, bias))
 
     wide = [tensor.detach().double().requires_grad_() for tensor in inputs]
     expected = outcome(plain, wide, d_out)
-    actual = outcome(lambda *inputs: linear_gelu(*inputs, approximate), inputs, d_out)
+    actual = outcome(linear_gelu, inputs, d_out)
     in_torch = outcome(plain, inputs, d_out)
     for ours, torchs, truth in zip(actual, in_torch, expected, strict=True):
         assert ours.dtype == dtype
         if dtype == torch.float32:
-            assert_close(ours, truth, 1e-6, 2e-6)
+            # The product is torch's own, whose rounding differs between machines.
+            assert_close(ours, truth, 1e-6, max(2e-6, 1.1 * errors(torchs, truth)[1]))
         else:
             assert_close(ours, truth, 3e-3, 1.5e-2)
             assert errors(ours, truth)[0] <= 1.1 * errors(torchs, truth)[0]
 
 
-@pytest.mark.parametrize(("approximate", "derivative_error"), [("none", 5e-7), ("tanh", 3e-6)])
-def test_the_function_itself_is_exact_to_float32(approximate, derivative_error, written):
+def test_the_function_itself_is_exact_to_float32(written):
     v = torch.cat((torch.linspace(-12, 12, 9003), torch.tensor([0.0, -0.0, 100.0, -100.0, 1e4, -1e4])))
     pre, bias = v.reshape(3, -1), torch.zeros(len(v) // 3)
     wide = pre.double().requires_grad_()
-    expected = F.gelu(wide, approximate=approximate)
+    expected = F.gelu(wide)
     (d_expected,) = torch.autograd.grad(expected.sum(), wide)
-    out = torch.ops.cae.bias_gelu(pre, bias, approximate)
-    d_pre, _ = torch.ops.cae.bias_gelu_backward(torch.ones_like(pre), pre, bias, approximate)
+    out = torch.ops.cae.bias_gelu(pre, bias)
+    d_pre, _ = torch.ops.cae.bias_gelu_backward(torch.ones_like(pre), pre, bias)
     written(out, d_pre)
     assert ((out - expected).abs() / expected.abs().clamp(min=1)).max() < 2.5e-7
-    assert (d_pre - d_expected).abs().max() < derivative_error
+    assert (d_pre - d_expected).abs().max() < 5e-7
 
 
 def test_the_tail_keeps_its_relative_accuracy():
     v = torch.linspace(-6, -1, 501)[None]
-    out = torch.ops.cae.bias_gelu(v, torch.zeros(501), "none")
+    out = torch.ops.cae.bias_gelu(v, torch.zeros(501))
     expected = v.double() * torch.special.ndtr(v.double())
     assert (out / expected - 1).abs().max() < 2e-4  # of 0.5 (1 + erf) in float32: 1
 
@@ -76,9 +75,9 @@ def test_bias_gradient_over_strips_of_many_tiles():
     bias = torch.randn(columns)
     wide = bias.double().requires_grad_()
     (expected,) = torch.autograd.grad(F.gelu(pre.double() + wide), wide, d_out.double())
-    _, d_bias = torch.ops.cae.bias_gelu_backward(d_out, pre, bias, "none")
+    _, d_bias = torch.ops.cae.bias_gelu_backward(d_out, pre, bias)
     assert_close(d_bias, expected, 2e-6, 2e-6)
-    assert torch.equal(d_bias, torch.ops.cae.bias_gelu_backward(d_out, pre, bias, "none")[1])
+    assert torch.equal(d_bias, torch.ops.cae.bias_gelu_backward(d_out, pre, bias)[1])
 
 
 def test_without_gradients_nothing_more_is_allocated_and_the_bits_are_the_same(written):

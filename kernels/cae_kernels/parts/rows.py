@@ -4,6 +4,8 @@ B batch, n tokens, D width, P programs, K parameter vectors.
 A program works on a tile of ROWS rows and BLOCK columns, the power of two that holds D; statistics are float32.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -13,14 +15,7 @@ MAX_WIDTH = 4096
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SMALLEST_BLOCK = 128
 # Eight elements of a row a thread: one 128-bit load of bfloat16, two of float32.
-FORWARD_LAUNCH = {
-    128: (16, 4),
-    256: (8, 4),
-    512: (4, 4),
-    1024: (2, 4),
-    2048: (2, 8),
-    4096: (1, 16),
-}  # (ROWS, num_warps)
+FORWARD_LAUNCH = {128: (16, 4), 256: (8, 4), 512: (4, 4), 1024: (2, 4), 2048: (2, 8), 4096: (1, 16)}  # ROWS, num_warps
 # (ROWS, num_warps, programs): as many programs as an H100 holds; fixed, so that sums do not depend on the device.
 BACKWARD_LAUNCH = {
     128: (8, 4, 396),
@@ -39,6 +34,17 @@ def block_of(width: int) -> int:
     if width > MAX_WIDTH:
         raise ValueError(f"rows are {width} wide: the kernels take at most {MAX_WIDTH}; CAE_KERNELS=op=reference runs")
     return max(SMALLEST_BLOCK, 1 << (width - 1).bit_length())
+
+
+def launch_of(x: Tensor, table: Mapping[int, tuple[int, ...]]) -> tuple[int, dict[str, int]]:
+    """Programs, and what a kernel is told about x, (B, n, D) with contiguous rows."""
+    batch, tokens, width = x.shape
+    block = block_of(width)
+    tile, num_warps, *most = table[block]
+    return min([triton.cdiv(batch * tokens, tile), *most]), {
+        "rows": batch * tokens, "tokens": tokens, "batch_stride": x.stride(0), "row_stride": x.stride(1),
+        "D": width, "BLOCK": block, "ROWS": tile, "num_warps": num_warps,
+    }  # fmt: skip
 
 
 def check_rows(x: Tensor, branch: Tensor | None, keep: Tensor | None, vectors: tuple[Tensor | None, ...]) -> None:
@@ -60,6 +66,10 @@ def unit_columns(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def dense(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
 def new_gradients(x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
     """Room for d_x and d_branch, contiguous; nothing in the latter without a branch."""
     return x.new_empty(x.shape), x.new_empty(0) if branch is None else branch.new_empty(branch.shape)
@@ -74,12 +84,14 @@ def tile_rows(first, rows, tokens, ROWS: tl.constexpr):
 
 @triton.jit
 def load_x(x, row, image, tokens, batch_stride, row_stride, column, inside):
+    """Rows of x, (B, n, D) spaced anyhow, in float32."""
     offset = image.to(tl.int64) * batch_stride + (row - image * tokens) * row_stride
     return tl.load(x + offset[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def load_vector(vector, column, D: tl.constexpr):
+    """All of a (D,) vector, as one row in float32."""
     return tl.load(vector + column, mask=column < D, other=0.0).to(tl.float32)[None, :]
 
 
@@ -127,7 +139,11 @@ def store_partial(partial, which, total, column, D: tl.constexpr):
 
 
 @triton.jit
-def _sum_rows_kernel(x, out, rows, set_stride, row_stride, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _sum_rows_kernel(
+    x, out,  # (K, rows, D), rows spaced anyhow; (K, D), contiguous
+    rows, set_stride, row_stride,  # the number of rows; strides of x
+    D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,  # a tile's rows and columns
+):  # fmt: skip
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     which = tl.program_id(1).to(tl.int64)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -143,5 +159,8 @@ def sum_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
     sets, rows, width = x.shape
     out = x.new_empty((sets, width), dtype=dtype)  # (K, D)
     grid = (triton.cdiv(width, SUM_COLUMNS), sets)
-    _sum_rows_kernel[grid](x, out, rows, x.stride(0), x.stride(1), width, SUM_ROWS, SUM_COLUMNS, num_warps=4)
+    _sum_rows_kernel[grid](
+        x=x, out=out, rows=rows, set_stride=x.stride(0), row_stride=x.stride(1),
+        D=width, ROWS=SUM_ROWS, COLUMNS=SUM_COLUMNS, num_warps=4,
+    )  # fmt: skip
     return out

@@ -8,14 +8,17 @@ high 32 bits of the position, c2 the stream; key: the low and high 32 bits of th
 import torch
 from torch import Tensor
 
-# The streams 0, 1, 2 and 5 belong to the data pipeline: order, crop, flip and replacement.
+from .triton_language import tl, triton
+
+# Uses of one position's numbers; all other streams belong to the data pipeline.
 STREAM_MASK = 3
 STREAM_DROP_PATH = 4
+ROUNDS = 10
 
 _LOW_32 = 0xFFFFFFFF
 _MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
 _WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
-_ROUNDS = 10
+_ROUNDS = tl.constexpr(ROUNDS)
 
 
 def philox4x32(seed: int, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -25,7 +28,7 @@ def philox4x32(seed: int, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tup
     Returns four int64 tensors of the broadcast shape with values in [0, 2**32).
     """
     k0, k1 = seed & _LOW_32, seed >> 32 & _LOW_32
-    for _ in range(_ROUNDS):
+    for _ in range(ROUNDS):
         high_0, low_0 = _multiply(c0, _MULTIPLIER_0)
         high_1, low_1 = _multiply(c2, _MULTIPLIER_1)
         c0, c1, c2, c3 = high_1 ^ c1 ^ k0, low_1, high_0 ^ c3 ^ k1, low_0
@@ -49,3 +52,23 @@ def draw(seed: int, stream: int, draws: Tensor, positions: Tensor) -> tuple[Tens
     """philox4x32 with this project's counter layout; draws and positions are int64 tensors >= 0 that broadcast."""
     stream_word = torch.full((), stream, device=positions.device)
     return philox4x32(seed, draws, positions & _LOW_32, stream_word, positions >> 32)
+
+
+@triton.jit
+def draw_words(draw, position, seed_low, seed_high, STREAM: tl.constexpr):
+    """`draw` in a kernel; draw: uint32, position: int64, of one shape or scalars; the seed in halves of `signed`."""
+    zero = draw & 0
+    low, high = position.to(tl.uint32), (position >> 32).to(tl.uint32)
+    key_low, key_high = seed_low.to(tl.uint32, bitcast=True), seed_high.to(tl.uint32, bitcast=True)
+    return tl.philox_impl(draw, zero + low, zero + STREAM, zero + high, key_low, key_high, _ROUNDS)
+
+
+@triton.jit
+def uniform_word(bits):
+    return (bits >> 8).to(tl.float32) * (2.0**-24)
+
+
+def signed(word: int) -> int:
+    """The int32 with the same bits as the low 32 of `word`, so that every seed gives arguments of one type."""
+    word &= 0xFFFFFFFF
+    return word - 2**32 if word >= 2**31 else word

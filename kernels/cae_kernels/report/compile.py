@@ -8,8 +8,8 @@ import tempfile
 from collections import Counter
 from dataclasses import dataclass
 
-from .report_spec import Spec
-from .triton_language import triton
+from ..parts.triton_language import triton
+from .spec import Spec
 
 SHARED_MEMORY = {80: 164, 90: 228, 100: 228}  # KiB of a multiprocessor; one block may use 1 KiB less
 REGISTERS, WARPS, BLOCKS = 65536, 64, 32  # of a multiprocessor
@@ -67,6 +67,7 @@ def compile_spec(spec: Spec, architecture: int) -> Compiled:
         file.write(kernel.asm["cubin"])
         file.flush()
         usage, code = (_cuobjdump(option, file.name) for option in ("-res-usage", "-sass"))
+
     shared, warps = kernel.metadata.shared, kernel.metadata.num_warps
     registers, stack = _resources(usage)
     counts = _count(code)
@@ -89,6 +90,7 @@ def _source(spec: Spec):
     if set(names) != set(spec.signature):
         difference = sorted(set(names) ^ set(spec.signature))
         raise ValueError(f"{spec.name}: the signature and the kernel's arguments differ in {', '.join(difference)}")
+
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(spec.kernel.params):
         value = spec.signature[parameter.name]

@@ -2,53 +2,28 @@
 
   python -m cae_kernels.report [-k TEXT] [--arch 80 90 100] [--json FILE]
 
-Compiles the launches that the op files list in report_specs() (ViT-L at batch 256, ViT-H at batch 128) and prints
+Compiles the launches listed in launches.py (ViT-L at batch 256, ViT-H at batch 128) and prints
 registers, spills, shared memory, blocks of a multiprocessor, tensor-core instructions, widths of loads and stores,
 useful work, compulsory bytes, and the time that an H100 needs at least for those.
 """
 
 import argparse
-import importlib
 import json
 import os
-import pkgutil
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
-from .report_compile import Compiled, ToolMissing, compile_spec
-from .report_spec import Spec
-from .triton_language import HAVE_TRITON, INTERPRETED, triton
-
-__all__ = ["Spec", "collect", "main"]
+from ..parts.triton_language import HAVE_TRITON, INTERPRETED, triton
+from .compile import Compiled, ToolMissing, compile_spec
+from .launches import collect
+from .spec import Spec
 
 # Assumed of an H100 SXM until measured: bfloat16 products at a step's shapes, and reading and writing memory.
 FLOPS_PER_SECOND, BYTES_PER_SECOND = 600e12, 2.6e12
-COLUMNS = (
-    ("kernel", 52),
-    ("sm", 4),
-    ("regs", 5),
-    ("spill", 6),
-    ("shared", 8),
-    ("blocks", 7),
-    ("tensor cores", 14),
-    ("loads B", 26),
-    ("stores B", 20),
-    ("GFLOP", 8),
-    ("MB", 8),
-    ("floor us", 9),
-)
-
-
-def collect(text: str = "") -> list[Spec]:
-    """The specs of every op file whose names contain `text`, in the order of the files."""
-    package = importlib.import_module(__package__)
-    found: list[Spec] = []
-    for module in sorted(info.name for info in pkgutil.iter_modules(package.__path__)):
-        specs = getattr(importlib.import_module(f"{__package__}.{module}"), "report_specs", None)
-        found += specs() if specs and not module.startswith("report") else []
-    return [spec for spec in found if text in spec.name]
+COLUMNS = {"kernel": 52, "sm": 4, "regs": 5, "spill": 6, "shared": 8, "blocks": 7, "tensor cores": 14}
+COLUMNS |= {"loads B": 26, "stores B": 20, "GFLOP": 8, "MB": 8, "floor us": 9}  # widths
 
 
 def floor_seconds(spec: Spec) -> float:
@@ -78,7 +53,7 @@ def _row(spec: Spec, architecture: int, compiled: Compiled) -> list[str]:
 
 
 def _line(cells: Iterable[str]) -> str:
-    first, *others = (f"{cell:<{width}}" for cell, (_, width) in zip(cells, COLUMNS, strict=True))
+    first, *others = (f"{cell:<{width}}" for cell, width in zip(cells, COLUMNS.values(), strict=True))
     return " ".join((first, *others)).rstrip()
 
 
@@ -123,9 +98,11 @@ def main(arguments: list[str] | None = None) -> int:
     if not specs:
         print(f"report: {impossible or f'no kernel is named like {args.k!r}'}", file=sys.stderr)
         return 2
+
     peaks = f"{FLOPS_PER_SECOND / 1e12:.0f} TFLOP/s and {BYTES_PER_SECOND / 1e12:.1f} TB/s"
     print(f"triton {triton.__version__}; floor: an H100 at {peaks}; widths: instructions x bytes of a thread")
-    print(_line(name for name, _ in COLUMNS))
+    print(_line(COLUMNS))
+
     records, failed = [], 0
     for spec in specs:
         for architecture in args.arch:
@@ -140,6 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
                 continue
             print(_line(_row(spec, architecture, compiled)), flush=True)
             records.append(_record(spec, architecture, compiled))
+
     if args.json:
         _write(args.json, records)
     return 1 if failed else 0

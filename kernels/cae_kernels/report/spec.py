@@ -1,12 +1,12 @@
 """What `python -m cae_kernels.report` has to know about a kernel to compile it and to say how fast it can be."""
 
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 
 @dataclass(frozen=True)
 class Spec:
-    """One launch of one kernel; op files list theirs in `report_specs() -> list[Spec]`.
+    """One launch of one kernel; launches.py lists them.
 
     name: op, model and what distinguishes the launch. kernel: the @triton.jit function.
     signature: per argument a type ("*bf16:16" pointer aligned to 16 bytes, "i32:16" integer divisible by 16, "i32",
@@ -18,10 +18,11 @@ class Spec:
     name: str
     kernel: Any
     signature: dict[str, Any]
+    _: KW_ONLY
     num_warps: int
     num_stages: int
     programs: int
-    flops: int
     bytes: int
+    flops: int = 0
     options: dict[str, Any] = field(default_factory=dict)
     narrow: str = ""
