@@ -1,45 +1,50 @@
-"""Every setting of every command, with its default and its reason.
+"""Every setting of every command, with its default, its reason and its limits.
 
 A configuration is a YAML file with these sections, changed on the command line by dotted overrides:
 `cae-fast pretrain configs/quickstart.yaml optim.lr=1e-3 train.seed=7`.
 The text below a field is what `cae-fast pretrain --help` prints for it.
 """
 
-import argparse
-import ast
-import difflib
-import inspect
-from dataclasses import dataclass, field, fields, is_dataclass
-from itertools import pairwise
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
-
-from omegaconf import OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 
 class UserError(ValueError):
     """A mistake in a setting or an input: the command line prints its one line and exits with status 2."""
 
 
+IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+
+
+def limited(default: Any, low: float = 0.0, high: float = 2.0**31 - 1) -> Any:
+    """A number, or numbers of a list, from `low` to `high`, as `settings.check_numbers` demands.
+
+    Without it: finite, at least 0 and below 2^31.
+    """
+    limits = {"low": low, "high": high}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=limits)
+    return field(default=default, metadata=limits)
+
+
 @dataclass
 class ModelConfig:
     size: str = "base"
     """tiny, small, base, large, large_dec768 or huge; the fields left empty below take this size's value."""
-    image_size: int = 224
+    image_size: int = limited(224, low=1, high=2**14)
     """Side of the encoder's input in pixels; a multiple of the patch size."""
-    patch_size: int | None = None
-    embed_dim: int | None = None
-    depth: int | None = None
-    num_heads: int | None = None
-    decoder_embed_dim: int | None = None
+    patch_size: int | None = limited(None, low=1, high=2**14)
+    embed_dim: int | None = limited(None, low=1, high=2**16)
+    depth: int | None = limited(None, low=1, high=1000)
+    num_heads: int | None = limited(None, low=1, high=2**16)
+    decoder_embed_dim: int | None = limited(None, low=1, high=2**16)
     """Width of regressor and decoder; another one than the encoder's adds a Linear + LayerNorm between them."""
-    decoder_num_heads: int | None = None
-    regressor_depth: int = 4
+    decoder_num_heads: int | None = limited(None, low=1, high=2**16)
+    regressor_depth: int = limited(4, low=1, high=1000)
     """Cross-attention blocks of the latent regressor (the paper's ablation: 1, 2, 4, 5)."""
-    decoder_depth: int = 4
+    decoder_depth: int = limited(4, high=1000)
     """Self-attention blocks of the decoder; 0 is the paper's "no decoder": one linear layer predicts."""
-    layer_scale_init: float | None = None
+    layer_scale_init: float | None = limited(None, low=-1e4, high=1e4)
     drop_path_rate: float = 0.1
     """Highest drop-path rate; it rises from 0 over the depth, anew in encoder, regressor and decoder."""
     align_drop_path: bool = True
@@ -57,7 +62,7 @@ class TargetConfig:
     """codes: a file of `cae-fast convert dalle` or `cae-fast train-tokenizer`; features: an encoder.safetensors."""
     compile: bool = False
     """torch.compile the frozen model of codes or features: the first step takes a minute longer."""
-    alignment_weight: float = 2.0
+    alignment_weight: float = limited(2.0, high=1e9)
     """Weight of the squared error between predicted and encoded latents; 0 turns the alignment off."""
 
 
@@ -65,13 +70,13 @@ class TargetConfig:
 class MaskConfig:
     kind: str = "block"
     """block (BEiT's block-wise masking) or random."""
-    ratio: float = 0.5
+    ratio: float = limited(0.5, high=1)
     """Share of patches to mask: exactly floor(ratio * patches) in every image."""
-    min_block: int = 16
+    min_block: int = limited(16, low=1)
     """Smallest area of a block in patches, while at least that many remain to be masked."""
-    max_block: int | None = None
+    max_block: int | None = limited(None, low=1)
     """Largest area of a block in patches; empty: the number of masked patches."""
-    min_aspect: float = 0.3
+    min_aspect: float = limited(0.3, low=1e-6, high=1)
     """Aspect ratios are log-uniform in [min_aspect, 1 / min_aspect]."""
 
 
@@ -90,27 +95,29 @@ class DataConfig:
     """Share of the image's area that a random resized crop covers."""
     crop_ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])
     """Width over height of a crop."""
-    horizontal_flip: float = 0.5
+    horizontal_flip: float = limited(0.5, high=1)
     """Probability of a horizontal flip."""
-    mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
-    """Per-channel mean of the encoder's input, images in [0, 1]."""
-    std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
+    mean: list[float] | None = field(default=None, metadata={"low": -10.0, "high": 10.0})
+    """Per-channel mean of the encoder's input, images in [0, 1]; empty: what the weights that the run starts from were
+    trained with, else ImageNet's [0.485, 0.456, 0.406]."""
+    std: list[float] | None = field(default=None, metadata={"low": 0.0, "high": 100.0})
+    """Per-channel standard deviation; empty: likewise, else [0.229, 0.224, 0.225]."""
     backend: str = "auto"
     """dali (NVIDIA DALI, on the GPU), cpu (libjpeg-turbo and torch), pil (Pillow alone, the reference) or auto: the
     faster of dali and cpu, measured on the run's own images; a run keeps what it began with."""
-    num_workers: int | None = None
+    num_workers: int | None = limited(None, high=1024)
     """Decoding processes per training process; empty: the cores left over, at most 12; 0: in the training process."""
-    max_pixels: int = 100_000_000
+    max_pixels: int = limited(100_000_000, low=1)
     """Images with more pixels than this are listed as bad and skipped."""
 
 
 @dataclass
 class OptimConfig:
-    lr: float = 1.5e-3
+    lr: float = limited(1.5e-3, high=1e6)
     """Peak learning rate; taken as it is, not rescaled by the batch size."""
-    min_lr: float = 1e-5
-    epochs: int = 300
-    warmup_epochs: int = 10
+    min_lr: float = limited(1e-5, high=1e6)
+    epochs: int = limited(300, low=1, high=10**7)
+    warmup_epochs: int = limited(10, high=10**7)
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     eps: float = 1e-8
     weight_decay: float = 0.05
@@ -123,20 +130,20 @@ class OptimConfig:
 class TrainConfig:
     run_dir: str = ""
     """Everything a run writes goes here."""
-    seed: int = 0
+    seed: int = limited(0, high=2**63 - 1)
     device: str = "auto"
     """auto (CUDA when there is one), cuda or cpu."""
     precision: str = "bfloat16"
     """bfloat16 (compute; the optimizer keeps float32 master weights) or float32."""
-    global_batch_size: int = 2048
+    global_batch_size: int = limited(2048, low=1, high=2**24)
     """Images per optimizer step over all processes and accumulation steps."""
-    micro_batch_size: int | None = None
+    micro_batch_size: int | None = limited(None, low=1, high=2**24)
     """Most images per forward pass and process; empty: the global batch over the processes. Accumulation follows."""
     resume: str = "auto"
     """auto: continue when run_dir holds a checkpoint; never: refuse such a folder; force: with changed settings too."""
     init_from: str | None = None
     """A model.safetensors to start the weights from (a new run, step 0)."""
-    max_steps: int | None = None
+    max_steps: int | None = limited(None, low=1)
     """Stop (with a checkpoint) after this step; the schedule stays that of optim.epochs."""
     zero: int | None = None
     """What processes share out (DeepSpeed's ZeRO stages): 0 nothing, plain data parallel, without DeepSpeed; 1 masters
@@ -149,7 +156,7 @@ class TrainConfig:
     deepspeed: str | None = None
     """A JSON file with more DeepSpeed settings, such as configs/deepspeed/zero1_8xh100.json; what follows from other
     settings here must not be in it."""
-    timeout_seconds: float = 600.0
+    timeout_seconds: float = limited(600.0, low=1e-3, high=1e8)
     """With several processes: one that makes no step for so long, because it or another one hangs, ends the run."""
 
 
@@ -163,7 +170,7 @@ class CheckpointConfig:
 
 @dataclass
 class LogConfig:
-    every_steps: int = 10
+    every_steps: int = limited(10, low=1)
     """Steps between log lines; the only time metrics leave the device."""
     tensorboard: bool = True
     """Write TensorBoard's event files to run_dir/tensorboard."""
@@ -178,7 +185,7 @@ class ProbeConfig:
     train: str | None = None
     """Labelled images for a k-NN probe of the frozen encoder before and after pretraining; empty: no probe."""
     test: str | None = None
-    k: int = 20
+    k: int = limited(20, low=1)
     """Neighbours that vote."""
 
 
@@ -199,16 +206,16 @@ class PretrainConfig:
 class TokenizerConfig:
     size: str = "small"
     """small (the shape of the original code) or large; the fields left empty below take this size's value."""
-    image_size: int = 112
+    image_size: int = limited(112, low=8, high=2**14)
     """Side of the crops in pixels, a multiple of 8: one code stands for 8x8 pixels."""
-    width: int | None = None
+    width: int | None = limited(None, low=1, high=2**14)
     """Channels of every convolution: small 256, large 512."""
-    num_blocks: int | None = None
+    num_blocks: int | None = limited(None, high=1000)
     """Residual blocks of encoder and decoder each: small 2, large 4."""
     quantizer: str = "gumbel"
     """gumbel (the paper's), fsq or vq; the last two need the vector-quantize-pytorch package."""
-    num_codes: int = 8192
-    code_dim: int | None = None
+    num_codes: int = limited(8192, low=2, high=2**20)
+    code_dim: int | None = limited(None, low=1, high=2**16)
     """Width of the vector that stands for a code: gumbel 512, vq 32; fsq: always the number of levels."""
     fsq_levels: list[int] = field(default_factory=lambda: [8, 8, 8, 4, 4])
     """Values that each coordinate is rounded to (fsq); their product is num_codes."""
@@ -249,7 +256,7 @@ class EncoderConfig:
     vision transformers."""
     image_size: int | None = None
     """Side of the input in pixels; another than the file's interpolates the positions, which stay frozen."""
-    drop_path_rate: float = 0.0
+    drop_path_rate: float = limited(0.0, high=0.999999)
     """finetune: highest drop-path rate; it rises from 0 over the depth."""
     rel_pos_bias: bool = False
     """finetune: learned relative position biases in every block, 0 at first, beside the sine-cosine positions. The
@@ -279,7 +286,7 @@ class ValidationConfig:
     """Labelled images to test on: a folder of a folder for each class, tar files or `bundled:NAME`."""
     index: str | None = None
     """Index folder of these images, as data.index."""
-    crop_pct: float = 0.875
+    crop_pct: float = limited(0.875, low=1e-3, high=1)
     """The shorter side is resized to image_size / crop_pct, then the central square is cut out (224 of 256)."""
     every_epochs: int = 10
     """Test every so many epochs, and at the end."""
@@ -295,7 +302,7 @@ class ClassifyOptimConfig(OptimConfig):
     """Largest global norm of the gradient; 0 turns clipping off, as in the original."""
     momentum: float = 0.9
     """linear, attentive."""
-    layer_decay: float = 1.0
+    layer_decay: float = limited(1.0, low=1e-6, high=1)
     """finetune: every layer below the head has its learning rate multiplied by this once more."""
 
 
@@ -326,75 +333,3 @@ class ClassifyConfig:
 
 
 RunConfig = PretrainConfig | TrainTokenizerConfig | ClassifyConfig
-
-
-def load_config(schema: type, path: str | None, overrides: list[str]) -> Any:
-    """Read a YAML file and dotted overrides into `schema` (a dataclass).
-
-    Raises UserError for a missing file, an unknown key (with the nearest valid one) or a value of another type.
-    """
-    config = OmegaConf.structured(schema)
-    layers = []
-    if path is not None:
-        if not Path(path).is_file():
-            raise UserError(f"config: {path} is not a file")
-        try:
-            layers.append(OmegaConf.load(path))
-        except Exception as error:
-            raise UserError(f"config: {path} is not valid YAML: {' '.join(str(error).split())}") from error
-    for override in overrides:
-        if "=" not in override:
-            raise UserError(f"override {override!r}: write it as section.field=value")
-        layers.append(OmegaConf.from_dotlist([override]))
-    for layer in layers:
-        try:
-            config = OmegaConf.merge(config, layer)
-        except ConfigKeyError as error:
-            raise UserError(_unknown_key(schema, str(error.full_key))) from error
-        except OmegaConfBaseException as error:
-            raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
-    return OmegaConf.to_object(config)
-
-
-def _unknown_key(schema: type, key: str) -> str:
-    near = difflib.get_close_matches(key, field_docs(schema), n=1, cutoff=0.0)
-    return f"unknown setting {key}; the nearest valid one is {near[0]}"
-
-
-def field_docs(schema: type, prefix: str = "", defaults: Any = None) -> dict[str, tuple[Any, str]]:
-    """Every leaf setting of a configuration class: {dotted name: (default, the text below the field)}."""
-    texts: dict[str, str] = {}
-    for part in schema.__mro__[-2::-1]:  # a subclass may say more of a field
-        body = ast.parse(inspect.getsource(part)).body[0].body  # type: ignore[attr-defined]
-        for node, after in pairwise(body):
-            if (
-                isinstance(node, ast.AnnAssign)
-                and isinstance(after, ast.Expr)
-                and isinstance(after.value, ast.Constant)
-            ):
-                texts[node.target.id] = str(after.value.value)  # type: ignore[union-attr]
-    docs: dict[str, tuple[Any, str]] = {}
-    defaults = schema() if defaults is None else defaults
-    for item in fields(schema):
-        value = getattr(defaults, item.name)
-        if is_dataclass(value):
-            docs |= field_docs(type(value), f"{prefix}{item.name}.", value)
-        else:
-            docs[prefix + item.name] = (value, texts.get(item.name, ""))
-    return docs
-
-
-def add_settings(parser: argparse.ArgumentParser, schema: type) -> None:
-    """The arguments CONFIG section.field=value ..., and every setting of `schema` in the help text."""
-    parser.add_argument("config", help="YAML file; see configs/")
-    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings changed for this run")
-    rows = [f"  {name} = {value!r}\n      {text}".rstrip() for name, (value, text) in field_docs(schema).items()]
-    parser.epilog = "settings and their defaults:\n" + "\n".join(rows).replace("%", "%%")
-
-
-def load_run_config(schema: type, args: argparse.Namespace) -> Any:
-    """The configuration that `add_settings`' arguments name; the run folder defaults to runs/NAME of the file."""
-    config = load_config(schema, args.config, args.overrides)
-    if not config.train.run_dir:
-        config.train.run_dir = f"runs/{Path(args.config).stem}"
-    return config

@@ -81,7 +81,7 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
         tensor = tensors[name]
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
         if tensor.numel():
-            total.update(tensor.reshape(-1).view(torch.uint8).numpy())
+            total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from cae_fast.cli import COMMANDS
 from cae_fast.commands import classify, pretrain, train_tokenizer
-from cae_fast.config import load_config
+from cae_fast.settings import load_config
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "kernels/README.md", "benchmarks/README.md")]

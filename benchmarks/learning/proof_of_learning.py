@@ -35,7 +35,7 @@ from benchmarks.learning.cluttered_set import make_cluttered_set
 from benchmarks.learning.proof_tables import draw, table
 from benchmarks.record import provenance
 from cae_fast.cli import main as cae_fast
-from cae_fast.config import DataConfig, PretrainConfig, load_config
+from cae_fast.config import DataConfig, PretrainConfig
 from cae_fast.data.index import index_for
 from cae_fast.data.loader import labelled_loader
 from cae_fast.data.normalize import Normalize
@@ -43,6 +43,7 @@ from cae_fast.evaluation.knn_probe import knn_accuracy
 from cae_fast.files import write_text
 from cae_fast.models.cae import ContextAutoencoder
 from cae_fast.models.targets import PixelTargets
+from cae_fast.settings import load_config
 from cae_fast.training.checkpoint import save_model
 from cae_fast.training.resume import load_weights
 

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cae_fast import __version__
-from cae_fast.config import ClassifyConfig, UserError, add_settings, load_run_config
+from cae_fast.config import ClassifyConfig, UserError
 from cae_fast.data.loader import labelled_train_loader, resolve_num_workers
 from cae_fast.data.sampling import SamplingPlan, sampling_plan
 from cae_fast.evaluation.augmentation import BatchAugmentation, make_rand_augment
@@ -42,6 +42,7 @@ from cae_fast.evaluation.task import Task, prepare_task, report, test
 from cae_fast.files import write_safetensors, write_text
 from cae_fast.models.flops import block_flops
 from cae_fast.models.vit import drop_path_rates
+from cae_fast.settings import add_settings, load_run_config
 from cae_fast.training.distributed import joined, read_world
 from cae_fast.training.inputs import grouped, inputs_ahead
 from cae_fast.training.lock import locked
@@ -96,7 +97,7 @@ def micro_batches(job: "Job") -> Generator[list[LabelledBatch], None, None]:
     batches = labelled_train_loader(
         task.index,
         run.plan,
-        augment=make_rand_augment(config.augment.rand_augment, task.image_size, config.data.mean),
+        augment=make_rand_augment(config.augment.rand_augment, task.image_size, task.mean),
         image_size=task.image_size,
         start_step=run.start_step,
         stop_step=run.last_step,
@@ -194,7 +195,7 @@ def finish(job: "Job", result: dict[str, Any]) -> int:
     classifier = task.run_dir / "classifier.safetensors"
     write_safetensors(classifier, job.optimizer.weights(), facts)
     save_curves(task.run_dir / "metrics.jsonl", task.run_dir / "curves.png")
-    return report(task, result, step)
+    return report(task, result, step=step, train_images=len(task.index))
 
 
 def knn(task: Task) -> int:
@@ -212,7 +213,8 @@ def knn(task: Task) -> int:
 
     with closing(task.images(task.index)) as batches:
         known, labels = extract_features(features, batches)  # (M, D), (M,)
-    return report(task, test(task, lambda x: knn_votes(known, labels, features(x), k, task.num_classes)), 0)
+    result = test(task, lambda x: knn_votes(known, labels, features(x), k, task.num_classes))
+    return report(task, result, step=0, train_images=len(labels))
 
 
 @dataclass
@@ -247,7 +249,7 @@ def prepare(task: Task) -> Job:
         branches = [rate for rate in drop_path_rates(config.encoder.drop_path_rate, len(encoder.blocks)) for _ in "12"]
         rates = torch.tensor(branches, device=task.device)  # (2 * depth,)
     augmentation = BatchAugmentation(config.augment, task.num_classes, task.micro_batch_size, task.device)
-    make_rand_augment(config.augment.rand_augment, task.image_size, config.data.mean)
+    make_rand_augment(config.augment.rand_augment, task.image_size, task.mean)
 
     # Where training stands.
     optimizer = ClassifierOptimizer(model, config.optim, world)

@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from cae_fast.config import PretrainConfig, TargetConfig, UserError, add_settings, load_run_config
+from cae_fast.config import PretrainConfig, TargetConfig, UserError
 from cae_fast.cost.devices import DEVICES, Device
 from cae_fast.cost.estimation import (
     DECODED_BY_A_CORE,
@@ -35,6 +35,7 @@ from cae_fast.models.cae import ModelShape, resolve_model
 from cae_fast.models.dalle import DalleEncoder, DalleTokenizer
 from cae_fast.models.flops import forward_flops, pretraining_flops
 from cae_fast.models.targets import ENCODED_AT_ONCE, PixelTargets, Targets, make_model, make_targets
+from cae_fast.settings import add_settings, load_run_config
 from cae_fast.training.engine import PRECISIONS
 from cae_fast.training.setup import check_training, micro_batch_size
 

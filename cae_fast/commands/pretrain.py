@@ -23,17 +23,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cae_fast.config import PretrainConfig, ProbeConfig, UserError, add_settings, load_run_config
+from cae_fast.config import PretrainConfig, ProbeConfig, UserError
 from cae_fast.data.backend import OpenLoader, choose_backend
+from cae_fast.data.index import ImageIndex
 from cae_fast.data.loader import Batch, Mask, pretrain_loader, resolve_num_workers
 from cae_fast.data.masking import make_mask
 from cae_fast.data.normalize import Normalize
 from cae_fast.data.sampling import sampling_plan
 from cae_fast.evaluation.inspection import Inspection
-from cae_fast.files import file_sha256, write_text
+from cae_fast.files import file_sha256, survive_disk, write_text
 from cae_fast.models.cae import CaeLosses, ContextAutoencoder, resolve_model
 from cae_fast.models.flops import pretraining_flops
 from cae_fast.models.targets import Encode, Targets, make_encode, make_model, make_targets
+from cae_fast.output import say
+from cae_fast.settings import add_settings, load_run_config
 from cae_fast.training.checkpoint import consolidated, save_model
 from cae_fast.training.distributed import World, joined, read_world
 from cae_fast.training.engine import PRECISIONS
@@ -49,6 +52,7 @@ from cae_fast.training.setup import (
     kernel_backends,
     micro_batch_size,
     open_index,
+    set_normalization,
     summary,
 )
 from cae_fast.training.zero_engine import AnyEngine, make_engine, zero_stage
@@ -135,23 +139,35 @@ def model_files(model: ContextAutoencoder, state: dict[str, Tensor], facts: dict
 
 
 def finish(job: "Job", inspection: Inspection) -> int:
-    """Pictures, and what the pretraining brought."""
-    made = ["model.safetensors", "encoder.safetensors (for timm)"]
-    if (job.run.run_dir / "metrics.jsonl").exists():
-        save_curves(job.run.run_dir / "metrics.jsonl", job.run.run_dir / "curves.png")
+    """Pictures, and what the pretraining brought. The run is done whatever becomes of them."""
+    run_dir, made = job.run.run_dir, ["model.safetensors", "encoder.safetensors (for timm)"]
+    metrics, pictures = run_dir / "metrics.jsonl", run_dir / "reconstructions.png"
+    if metrics.exists() and or_else(None, "curves.png", lambda: save_curves(metrics, run_dir / "curves.png") or True):
         made.append("curves.png")
-    if inspection.save_reconstructions(job.run.run_dir / "reconstructions.png"):
-        made.append("reconstructions.png")
-    log.info("%s: %s", job.run.run_dir, ", ".join(made))
+    if or_else(False, pictures.name, lambda: inspection.save_reconstructions(pictures)):
+        made.append(pictures.name)
+    log.info("%s: %s", run_dir, ", ".join(made))
+
     if job.run.config.probe.train and job.probe_file.exists():
-        probe = json.loads(job.probe_file.read_text()) | {"pretrained": inspection.knn_accuracy()}
-        write_text(job.probe_file, json.dumps(probe))
-        print(
+        accuracy = or_else(None, "probe after pretraining", inspection.knn_accuracy)
+        if accuracy is None:
+            return 0
+        probe = json.loads(job.probe_file.read_text()) | {"pretrained": accuracy}
+        survive_disk("probe.json", write_text, job.probe_file, json.dumps(probe))
+        say(
             f"k-NN probe of the frozen encoder (k = {job.run.config.probe.k}, top-1): "
-            f"{probe['random']:.2%} before pretraining, {probe['pretrained']:.2%} after",
-            flush=True,
+            f"{probe['random']:.2%} before pretraining, {probe['pretrained']:.2%} after"
         )
     return 0
+
+
+def or_else(default: Any, what: str, function: Callable[[], Any]) -> Any:
+    """function(), or the default where images or disk do not let it: a line says so."""
+    try:
+        return function()
+    except (UserError, OSError) as error:
+        log.warning("no %s: %s", what, error)
+        return default
 
 
 @dataclass
@@ -159,6 +175,7 @@ class Job:
     """All that a pretraining run is made of."""
 
     run: Run[PretrainConfig]
+    index: ImageIndex
     model: ContextAutoencoder
     engine: AnyEngine
     open_loader: OpenLoader
@@ -187,6 +204,7 @@ class Job:
             model.to(run.device, self.dtype)
         return Inspection(
             config=run.config,
+            index=self.index,
             model=model,
             targets=self.targets,
             normalize=self.normalize,
@@ -208,6 +226,8 @@ def prepare(config: PretrainConfig, world: World, device: torch.device) -> Job:
     grid, micro = shape.image_size // shape.patch_size, micro_batch_size(config.train, world.size)
     mask, num_masked = make_mask(config.mask, grid, config.train.seed)
     state = world.on_main(lambda: newest_state(config))
+    teacher = config.target.tokenizer if config.target.kind == "features" else None
+    mean, std = set_normalization(config.data, state, config.train.init_from or teacher)
     index = open_index(config, world)
     plan = sampling_plan(config, index)
     open_loader = partial(
@@ -253,12 +273,13 @@ def prepare(config: PretrainConfig, world: World, device: torch.device) -> Job:
     )
     return Job(
         run=run,
+        index=index,
         model=model,
         engine=engine,
         open_loader=open_loader,
         mask=mask,
         num_masked=num_masked,
-        normalize=Normalize(config.data.mean, config.data.std, device),
+        normalize=Normalize(mean, std, device),
         targets=targets,
         encode=make_encode(targets, config.target.compile),
         drop_path_rates=torch.tensor(model.branch_rates(), device=device),

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cae_fast.config import OptimConfig, TrainTokenizerConfig, UserError, add_settings, load_run_config
+from cae_fast.config import OptimConfig, TrainTokenizerConfig, UserError
 from cae_fast.data.backend import OpenLoader, choose_backend
 from cae_fast.data.loader import Batch, pretrain_loader, resolve_num_workers
 from cae_fast.data.masking import no_mask
@@ -40,6 +40,8 @@ from cae_fast.models.dvae import (
     training_flops,
 )
 from cae_fast.models.quantizers import VectorQuantizer, perplexity
+from cae_fast.output import say
+from cae_fast.settings import add_settings, load_run_config
 from cae_fast.training.checkpoint import consolidated
 from cae_fast.training.distributed import World, read_world
 from cae_fast.training.engine import Engine
@@ -199,11 +201,10 @@ def finish(job: "Job") -> int:
     result = evaluate(job)
     write_text(run_dir / "evaluation.json", json.dumps(result | {"step": job.run.last_step}, indent=1))
     log.info("%s: curves.png, reconstructions.png, tokenizer.safetensors", run_dir)
-    print(
+    say(
         f"codes of {result['crops']:,} fresh crops: perplexity {result['perplexity']:.0f}, "
         f"{result['used_codes']:,} of {job.model.num_codes:,} used, PSNR {result['psnr']:.2f} dB; "
-        f"use them with target.tokenizer={run_dir / 'tokenizer.safetensors'}",
-        flush=True,
+        f"use them with target.tokenizer={run_dir / 'tokenizer.safetensors'}"
     )
     return 0
 
@@ -306,7 +307,7 @@ def check_settings(config: TrainTokenizerConfig) -> None:
         raise UserError(f"{size} processes were started, but train-tokenizer runs in one: start it without a launcher")
     if config.train.zero or config.train.offload_optimizer or config.train.activation_checkpointing:
         raise UserError("train.zero, train.offload_optimizer and train.activation_checkpointing are for pretrain only")
-    if set(config.data.mean) != {MEAN} or set(config.data.std) != {STD}:
+    if set(config.data.mean or [MEAN]) != {MEAN} or set(config.data.std or [STD]) != {STD}:
         raise UserError(
             f"data.mean is {config.data.mean} and data.std {config.data.std}: the tokenizer's input always has {MEAN}"
         )

@@ -5,6 +5,7 @@ B batch, N patches, Nm masked, D width, S image side, P = 3 p^2 values of a patc
 
 import logging
 from collections.abc import Generator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cae_fast.config import DataConfig, PretrainConfig, UserError
+from cae_fast.config import PretrainConfig, UserError
 from cae_fast.data.decode import resize
-from cae_fast.data.index import index_for
+from cae_fast.data.index import ImageIndex, index_for
 from cae_fast.data.loader import Mask, labelled_loader
 from cae_fast.data.normalize import Normalize
 from cae_fast.evaluation.knn_probe import extract_features, knn_accuracy
+from cae_fast.evaluation.task import check_classes
 from cae_fast.models.cae import ContextAutoencoder
 from cae_fast.models.targets import PixelTargets, Targets, Tokenizer, patchify
 from cae_fast.models.teacher import TeacherFeatures
@@ -31,6 +33,7 @@ class Inspection:
     """The model in training, with all it needs to look at images."""
 
     config: PretrainConfig
+    index: ImageIndex
     model: ContextAutoencoder
     targets: Targets
     normalize: Normalize
@@ -41,11 +44,13 @@ class Inspection:
     def knn_accuracy(self) -> float:
         """Top-1 of the weighted k-NN probe on `probe.train` and `probe.test`, features = mean of the patch tokens."""
         probe = self.config.probe
-        train_x, train_y = extract_features(self.patch_features, self._labelled(self._probe_data(probe.train), 256))
-        test_x, test_y = extract_features(self.patch_features, self._labelled(self._probe_data(probe.test), 256))
-        if min(train_y.min(), test_y.min()) < 0:
+        train, test = self._probe_index(probe.train), self._probe_index(probe.test)
+        if min(train.labels.min(), test.labels.min()) < 0:
             raise UserError(f"probe.train {probe.train} and probe.test {probe.test}: a probe needs a folder per class")
-        return knn_accuracy(train_x, train_y, test_x, test_y, probe.k, num_classes=int(train_y.max()) + 1)
+        check_classes("probe.train and probe.test", train, test)
+        train_x, train_y = extract_features(self.patch_features, self._labelled(train))
+        test_x, test_y = extract_features(self.patch_features, self._labelled(test))
+        return knn_accuracy(train_x, train_y, test_x, test_y, probe.k, num_classes=len(train.classes))
 
     def patch_features(self, images: Tensor) -> Tensor:
         tokens = self.model.encoder(self.normalize(images.to(self.device)).to(self.dtype))  # (B, N + 1, D)
@@ -64,10 +69,11 @@ class Inspection:
         if not isinstance(self.targets, PixelTargets) and not self.targets.has_decoder:
             log.info("no reconstructions.png: %s holds no decoder", self.config.target.tokenizer)
             return False
-        data = self._probe_data(self.config.probe.test) if self.config.probe.test else self.config.data
-        index = index_for(data, Path(self.config.train.run_dir))
+        index = self._probe_index(self.config.probe.test) if self.config.probe.test else self.index
         spread = torch.linspace(0, len(index) - 1, min(8, len(index))).long().tolist()
         raw = next(labelled_loader(index, self.model.shape.image_size, 8, 0, spread))[0].to(self.device)
+        if not len(raw):
+            raise UserError(f"none of eight images of {index.source} can be read")
         visible_ids, masked_ids = (ids.to(self.device) for ids in self.mask(torch.arange(len(raw))))
         images = self.normalize(raw)  # (8, 3, S, S)
         predicted = self.model.predict(images.to(self.dtype), visible_ids, masked_ids).float()  # (8, Nm, P or V)
@@ -92,10 +98,11 @@ class Inspection:
         patches = patchify(picture, self.model.shape.patch_size)  # (K, N, P)
         return patches.gather(1, masked_ids[..., None].expand(-1, -1, patches.shape[-1]))
 
-    def _probe_data(self, path: str | None) -> DataConfig:
+    def _probe_index(self, path: str | None) -> ImageIndex:
         assert path
-        return replace(self.config.data, path=path, index=None)
+        return index_for(replace(self.config.data, path=path, index=None), Path(self.config.train.run_dir))
 
-    def _labelled(self, data: DataConfig, batch_size: int) -> Generator[tuple[Tensor, Tensor], None, None]:
-        index = index_for(data, Path(self.config.train.run_dir))
-        return labelled_loader(index, self.model.shape.image_size, batch_size, num_workers=0)
+    def _labelled(self, index: ImageIndex) -> Generator[tuple[Tensor, Tensor], None, None]:
+        """Batches of images and labels; those of which nothing can be read are left out."""
+        with closing(labelled_loader(index, self.model.shape.image_size, 256, num_workers=0)) as batches:
+            yield from ((images, labels) for images, labels in batches if len(labels))

@@ -24,9 +24,17 @@ from cae_fast.evaluation.heads import HEADS, SETTINGS
 from cae_fast.files import file_sha256, write_text
 from cae_fast.models.encoder import load_encoder
 from cae_fast.models.vit import VisionTransformer
+from cae_fast.output import say
 from cae_fast.training.distributed import World
 from cae_fast.training.engine import PRECISIONS
-from cae_fast.training.setup import begin, check_training, kernel_backends, micro_batch_size, open_index
+from cae_fast.training.setup import (
+    begin,
+    check_training,
+    kernel_backends,
+    micro_batch_size,
+    open_index,
+    set_normalization,
+)
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +50,8 @@ class Task:
     encoder_sha256: str
     index: ImageIndex
     validation_index: ImageIndex
+    mean: list[float]
+    """Of the encoder's input, as `normalize` uses it."""
     normalize: Normalize
 
     @property
@@ -92,13 +102,10 @@ def prepare_task(config: ClassifyConfig, world: World, device: torch.device) -> 
             raise UserError(
                 f"{name}.path: {part.source} has images without a label: each must lie in its class's folder"
             )
-    if index.classes != validation_index.classes:
-        odd = sorted(set(index.classes) ^ set(validation_index.classes))[:3]
-        raise UserError(
-            f"data.path and validation.path have other classes ({len(index.classes)} and "
-            f"{len(validation_index.classes)}; in one alone: {', '.join(odd)})"
-        )
+    check_classes("data.path and validation.path", index, validation_index)
+    check_results(config)
 
+    mean, std = set_normalization(config.data, None, config.encoder.path)
     encoder.to(device=device, dtype=PRECISIONS[config.train.precision])
     begin(config, device, kernel_backends(device), world)
     return Task(
@@ -109,8 +116,29 @@ def prepare_task(config: ClassifyConfig, world: World, device: torch.device) -> 
         encoder_sha256=file_sha256(config.encoder.path),
         index=index,
         validation_index=validation_index,
-        normalize=Normalize(config.data.mean, config.data.std, device),
+        mean=mean,
+        normalize=Normalize(mean, std, device),
     )
+
+
+def check_classes(names: str, train: ImageIndex, test: ImageIndex) -> None:
+    """UserError where two sets of images have other classes: their labels would mean other things."""
+    if train.classes != test.classes:
+        odd = sorted(set(train.classes) ^ set(test.classes))[:3]
+        raise UserError(
+            f"{names} have other classes ({len(train.classes)} and {len(test.classes)}; in one alone: {', '.join(odd)})"
+        )
+
+
+def check_results(config: ClassifyConfig) -> None:
+    """UserError where the run folder holds the results of another head, which would be overwritten."""
+    path = Path(config.train.run_dir) / "results.json"
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))["head"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if held != config.head.kind:
+        raise UserError(f"{path} holds the results of --head {held}: choose another train.run_dir")
 
 
 def check_settings(config: ClassifyConfig, processes: int = 1) -> None:
@@ -171,17 +199,19 @@ def test(task: Task, classify: Callable[[Tensor], Tensor]) -> dict[str, Any]:
                 accuracy.update(scores, labels.to(task.device))
             seen += len(labels)
     count = round(task.world.mean(torch.tensor(float(seen), device=task.device)).item() * task.world.size)
+    if not count:
+        raise UserError(f"validation.path: none of the {len(task.validation_index)} images can be read")
     # float32 means of a whole number of hits
     top1, top5 = (round(accuracy.compute().item() * count) / count for accuracy in accuracies)
     return {"top1": top1, "top5": top5, "images": count}
 
 
-def report(task: Task, result: dict[str, Any], step: int) -> int:
-    """Write results.json and say what it holds."""
+def report(task: Task, result: dict[str, Any], *, step: int, train_images: int) -> int:
+    """Write results.json and say what it holds. train_images: those that were read."""
     path, config = Path(task.config.encoder.path), task.config
     facts = {"head": config.head.kind, **result, "step": step, "encoder": path.name, "sha256": task.encoder_sha256}
-    facts |= {"train_images": len(task.index), "config": asdict(config), "version": __version__}
+    facts |= {"train_images": train_images, "config": asdict(config), "version": __version__}
     write_text(task.run_dir / "results.json", json.dumps(facts, indent=1) + "\n")
     top1, top5, count = result["top1"], result["top5"], result["images"]
-    print(f"{config.head.kind}: top-1 {top1:.2%}, top-5 {top5:.2%} of {count:,} images ({task.run_dir})", flush=True)
+    say(f"{config.head.kind}: top-1 {top1:.2%}, top-5 {top5:.2%} of {count:,} images ({task.run_dir})")
     return 0

@@ -26,6 +26,7 @@ from torch import Tensor
 from cae_fast.config import LogConfig, UserError
 from cae_fast.cost.devices import device_peak_flops
 from cae_fast.files import append, replacing, survive_disk, write_text
+from cae_fast.output import say
 
 IDS_IN_WARNING = 8
 
@@ -201,7 +202,7 @@ class Monitor:
         if self._display is not None:
             self._console.print(Text(text, style="yellow"))
         else:
-            print(text, flush=True)
+            say(text)
 
     def _send(self, line: dict[str, Any]) -> None:
         numbers = {name: value for name, value in line.items() if name not in ("step", "time") and value is not None}
@@ -218,7 +219,7 @@ class Monitor:
             self._display.update(line["epoch"], eta, _metrics_text(line))
             return
         start = f"step {line['step']:>{len(str(self.total_steps))}}/{self.total_steps}  epoch {line['epoch']:.2f}"
-        print(f"{start}  {_metrics_text(line)}  ETA {eta}", flush=True)
+        say(f"{start}  {_metrics_text(line)}  ETA {eta}")
 
     def _stop_profiler(self) -> None:
         if self._profiler is None:

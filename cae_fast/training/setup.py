@@ -8,14 +8,15 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import OmegaConf
 
 from cae_fast import __version__
-from cae_fast.config import RunConfig, TrainConfig, UserError
+from cae_fast.config import IMAGENET_MEAN, IMAGENET_STD, DataConfig, RunConfig, TrainConfig, UserError
 from cae_fast.data.index import ImageIndex, index_for
-from cae_fast.files import remove_leftovers, write_text
+from cae_fast.files import read_header, remove_leftovers, write_text
 from cae_fast.training.checkpoint import FOLDER
 from cae_fast.training.distributed import World
 from cae_fast.training.ending import STOPPED
@@ -97,14 +98,47 @@ def open_index(config: RunConfig, world: World) -> ImageIndex:
     return index
 
 
+def set_normalization(data: DataConfig, state: Path | None, weights: str | None) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of the encoder's input, also put where the user set none.
+
+    Those of the run that is continued (`state`), else those that the file `weights` was trained with, else ImageNet's.
+    Others than the weights' are warned of: the encoder would see inputs of another scale than it knows.
+    """
+    known: dict[str, Any] = {}
+    for path in (state, weights and Path(weights)):
+        if path and path.is_file() and not known:
+            known = read_header(path).get("config", {}).get("data", {})
+
+    chosen = []
+    for name, usual in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
+        theirs, own = known.get(name), getattr(data, name)
+        if own is None:
+            own = list(theirs or usual)
+            setattr(data, name, own)
+            if own != usual and state is None:
+                log.info("data.%s: %s, as %s was trained with", name, own, weights)
+        elif theirs and theirs != own and state is None:
+            log.warning("data.%s is %s, but %s was trained with %s", name, own, weights, theirs)
+        chosen.append(own)
+    return chosen[0], chosen[1]
+
+
 def begin(config: RunConfig, device: torch.device, kernels: dict[str, str], world: World) -> None:
     """Process 0 makes the run folder ready, and keeps there the resolved settings and what they run on."""
     if not world.main:
         return
     run_dir = Path(config.train.run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(run_dir, run_dir / FOLDER)
-    (run_dir / STOPPED).unlink(missing_ok=True)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(run_dir, run_dir / FOLDER)
+        (run_dir / STOPPED).unlink(missing_ok=True)
+        record(config, run_dir, device, kernels, world)
+    except OSError as error:
+        raise UserError(f"train.run_dir is {run_dir}: cannot be written: {error.strerror}") from error
+
+
+def record(config: RunConfig, run_dir: Path, device: torch.device, kernels: dict[str, str], world: World) -> None:
+    """Keep the resolved settings and what they run on beside the results."""
     write_text(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     revision = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""

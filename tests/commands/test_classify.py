@@ -16,12 +16,13 @@ from safetensors.torch import load_file
 
 from cae_fast.cli import main
 from cae_fast.commands import classify
-from cae_fast.config import ClassifyConfig, ModelConfig, UserError, field_docs, load_config
+from cae_fast.config import ClassifyConfig, ModelConfig, UserError
 from cae_fast.evaluation.augmentation import import_eval
 from cae_fast.evaluation.task import check_settings, prepare_task
 from cae_fast.files import file_sha256
 from cae_fast.models.cae import ContextAutoencoder
 from cae_fast.models.encoder import load_encoder
+from cae_fast.settings import field_docs, load_config
 from cae_fast.training.checkpoint import save_model
 from cae_fast.training.distributed import World
 from running import metrics, same_tensors, start_processes

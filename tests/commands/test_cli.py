@@ -8,7 +8,8 @@ from omegaconf import OmegaConf
 
 from cae_fast import __version__
 from cae_fast.cli import COMMANDS, main
-from cae_fast.config import ClassifyConfig, PretrainConfig, TrainTokenizerConfig, UserError, field_docs, load_config
+from cae_fast.config import ClassifyConfig, PretrainConfig, TrainTokenizerConfig, UserError
+from cae_fast.settings import field_docs, load_config
 
 
 @pytest.fixture

@@ -10,9 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cae_fast.cli import main
 from cae_fast.commands.estimate import workload
-from cae_fast.config import PretrainConfig, load_config
+from cae_fast.config import PretrainConfig
 from cae_fast.models.cae import ContextAutoencoder
 from cae_fast.models.dalle import DalleEncoder
+from cae_fast.settings import load_config
 
 TINY = (
     "model: {size: tiny, image_size: 32}\nmask: {min_block: 4}\noptim: {epochs: 5, warmup_epochs: 1}\n"

@@ -17,8 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cae_fast.cli import main
 from cae_fast.commands import train_tokenizer
 from cae_fast.commands.train_tokenizer import CodeUse, noise_seed, prepare, psnr, take_step
-from cae_fast.config import TrainTokenizerConfig, field_docs, load_config
+from cae_fast.config import TrainTokenizerConfig
 from cae_fast.models.dvae import load_dvae
+from cae_fast.settings import field_docs, load_config
 from running import Program, metrics, same_tensors
 
 SMALL = (
