@@ -60,6 +60,11 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"cae-fast {name}: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # a full disk, a place that may not be written or read
+        logging.getLogger(__name__).debug("where it came from", exc_info=True)
+        what = f"{error.filename}: " if error.filename else ""
+        print(f"cae-fast {name}: {what}{error.strerror or error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"cae-fast {name}: interrupted", file=sys.stderr)
         return 130

@@ -71,7 +71,10 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {"format": "pt", "cae_fast": json.dumps(facts), DIGEST: digest(whole)}
     with replacing(path) as temporary:
-        save_file(whole, temporary, metadata)
+        try:
+            save_file(whole, temporary, metadata)
+        except SafetensorError as error:  # the disk's errors come in this one's clothes
+            raise OSError(f"{path}: {printable(str(error))}") from error
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

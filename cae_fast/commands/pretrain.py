@@ -139,35 +139,32 @@ def model_files(model: ContextAutoencoder, state: dict[str, Tensor], facts: dict
 
 
 def finish(job: "Job", inspection: Inspection) -> int:
-    """Pictures, and what the pretraining brought. The run is done whatever becomes of them."""
+    """Pictures, and what the pretraining brought. The run is done, even where images or disk refuse them."""
     run_dir, made = job.run.run_dir, ["model.safetensors", "encoder.safetensors (for timm)"]
-    metrics, pictures = run_dir / "metrics.jsonl", run_dir / "reconstructions.png"
-    if metrics.exists() and or_else(None, "curves.png", lambda: save_curves(metrics, run_dir / "curves.png") or True):
-        made.append("curves.png")
-    if or_else(False, pictures.name, lambda: inspection.save_reconstructions(pictures)):
-        made.append(pictures.name)
+    draw: dict[str, Callable[[Path], object]] = {
+        "curves.png": partial(save_curves, run_dir / "metrics.jsonl"),
+        "reconstructions.png": inspection.save_reconstructions,
+    }
+    for name, save in draw.items():
+        try:
+            if save(run_dir / name) is not False:
+                made.append(name)
+        except (UserError, OSError) as error:
+            log.warning("no %s: %s", name, error)
     log.info("%s: %s", run_dir, ", ".join(made))
 
     if job.run.config.probe.train and job.probe_file.exists():
-        accuracy = or_else(None, "probe after pretraining", inspection.knn_accuracy)
-        if accuracy is None:
+        try:
+            probe = json.loads(job.probe_file.read_text()) | {"pretrained": inspection.knn_accuracy()}
+        except UserError as error:
+            log.warning("no probe after pretraining: %s", error)
             return 0
-        probe = json.loads(job.probe_file.read_text()) | {"pretrained": accuracy}
         survive_disk("probe.json", write_text, job.probe_file, json.dumps(probe))
         say(
             f"k-NN probe of the frozen encoder (k = {job.run.config.probe.k}, top-1): "
             f"{probe['random']:.2%} before pretraining, {probe['pretrained']:.2%} after"
         )
     return 0
-
-
-def or_else(default: Any, what: str, function: Callable[[], Any]) -> Any:
-    """function(), or the default where images or disk do not let it: a line says so."""
-    try:
-        return function()
-    except (UserError, OSError) as error:
-        log.warning("no %s: %s", what, error)
-        return default
 
 
 @dataclass

@@ -14,7 +14,6 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from cae_fast.config import UserError
@@ -152,7 +151,7 @@ class Saver:
         try:
             write()
             self.failed = False
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             self.failed = True
             states = state_files(self.run_dir)
             last = f"that of step {states[-1][0]}" if states else "none"
