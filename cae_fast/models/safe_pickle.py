@@ -10,6 +10,8 @@ Both formats hold one pickle of the object, in which a storage is a persistent i
   for each key its count (int64) and bytes.
 """
 
+import itertools
+import math
 import pickle
 import re
 import struct
@@ -23,11 +25,15 @@ import torch
 from torch import Tensor
 
 from cae_fast.config import UserError
+from cae_fast.models.pickle_limits import MAX_DEPTH, check_pickle
 
 ZIP_START, PICKLE_START = b"PK\x03\x04", b"\x80"
 LEGACY_MAGIC, LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 SKIPPED = ("argparse.Namespace", "collections.", "pathlib.", "numpy.", "_codecs.encode", "mmengine.")
 STATES = ("state_dict", "model", "module")
+SHARING = 4
+"""Bytes of all tensors over the file's: weights under two names are stored once."""
+MAX_MODULES = 100_000
 STORAGE_TYPES = {
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,
@@ -75,12 +81,32 @@ class SkippedRecord:
     extend = __setitem__ = __setstate__ = append
 
 
-def _tensor_record(storage: StorageRecord, offset: int, size: Any, stride: Any, *_: Any) -> TensorRecord:
-    return TensorRecord(storage, offset, size, stride)
+class Maker:
+    """A function for the unpickler. A file may set attributes of what it names, a function's defaults among them:
+    this has none."""
+
+    __slots__ = ()
 
 
-def _parameter(data: TensorRecord, *_: Any) -> TensorRecord:
-    return data
+class TensorMaker(Maker):
+    __slots__ = ()
+
+    def __call__(self, storage: StorageRecord, offset: int, size: Any, stride: Any, *_: Any) -> TensorRecord:
+        return TensorRecord(storage, offset, size, stride)
+
+
+class ParameterMaker(Maker):
+    __slots__ = ()
+
+    def __call__(self, data: TensorRecord, *_: Any) -> TensorRecord:
+        return data
+
+
+class DeviceMaker(Maker):
+    __slots__ = ()
+
+    def __call__(self, *name: Any) -> tuple[Any, ...]:
+        return name
 
 
 class _RecordUnpickler(pickle.Unpickler):
@@ -93,10 +119,10 @@ class _RecordUnpickler(pickle.Unpickler):
             "__builtin__.set": set,  # protocol 2, as torch writes, has the names of Python 2
             "builtins.set": set,
             "torch.Size": tuple,
-            "torch.device": lambda *name: name,
-            "torch._utils._rebuild_tensor": _tensor_record,
-            "torch._utils._rebuild_tensor_v2": _tensor_record,
-            "torch._utils._rebuild_parameter": _parameter,
+            "torch.device": DeviceMaker(),
+            "torch._utils._rebuild_tensor": TensorMaker(),
+            "torch._utils._rebuild_tensor_v2": TensorMaker(),
+            "torch._utils._rebuild_parameter": ParameterMaker(),
         }
         self.admitted |= {f"torch.{name}": dtype for name, dtype in STORAGE_TYPES.items()}
 
@@ -168,6 +194,15 @@ def _read_zip(path: Path, module_prefixes: tuple[str, ...]) -> dict[str, Tensor]
         folder = pickles[0].removesuffix("data.pkl")
         if f"{folder}byteorder" in archive.namelist() and archive.read(f"{folder}byteorder") != b"little":
             raise UserError(f"{path} was written on a big-endian machine: save it again on another one")
+        size = path.stat().st_size
+        for entry in archive.infolist():
+            # torch stores: what is compressed could unfold to any size.
+            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > size:
+                raise UserError(
+                    f"{path}: {entry.filename[:80]!r} is compressed or larger than the file: not of torch.save"
+                )
+        with archive.open(pickles[0]) as file:
+            check_pickle(file, size)
         with archive.open(pickles[0]) as file:
             content = _RecordUnpickler(file, module_prefixes).load()
         return _tensors(path, content, lambda key: archive.read(f"{folder}data/{key}"))
@@ -176,6 +211,9 @@ def _read_zip(path: Path, module_prefixes: tuple[str, ...]) -> dict[str, Tensor]
 def _read_legacy(path: Path, module_prefixes: tuple[str, ...]) -> dict[str, Tensor]:
     with open(path, "rb") as file:
         unpicklers = [_RecordUnpickler(file, module_prefixes) for _ in range(5)]
+        for _ in unpicklers:
+            check_pickle(file, path.stat().st_size)
+        file.seek(0)
         magic, protocol, system, content, keys = (unpickler.load() for unpickler in unpicklers)
         if magic != LEGACY_MAGIC or protocol != LEGACY_PROTOCOL or not system["little_endian"]:
             raise UserError(f"{path} is a pickle, but not one of torch.save on a little-endian machine")
@@ -183,7 +221,7 @@ def _read_legacy(path: Path, module_prefixes: tuple[str, ...]) -> dict[str, Tens
         storages: dict[str, bytes] = {}
         for key in keys:
             (count,) = struct.unpack("<q", file.read(8))
-            if key not in known or known[key].num_values != count:
+            if key not in known or known[key].num_values != count or count < 0:
                 raise UserError(f"{path} is damaged: storage {key!r} has another size than its tensor")
             storages[key] = file.read(count * known[key].dtype.itemsize)
     return _tensors(path, content, storages.__getitem__)
@@ -192,7 +230,12 @@ def _read_legacy(path: Path, module_prefixes: tuple[str, ...]) -> dict[str, Tens
 def _tensors(path: Path, content: Any, read_storage: Callable[[str], bytes]) -> dict[str, Tensor]:
     storages: dict[str, Tensor] = {}
     tensors = {}
+    left = SHARING * path.stat().st_size
     for name, (storage, offset, size, stride) in _named_tensors(path, content):
+        # A tensor may repeat its storage, and many may share one: together they must not be what the file is not.
+        left -= math.prod(size) * storage.dtype.itemsize
+        if left < 0 or min((*size, *stride, offset), default=0) < 0:
+            raise UserError(f"{path}: {name!r} is larger than what the file holds: refused")
         if storage.key not in storages:
             data = bytearray(read_storage(storage.key))
             if len(data) != storage.num_values * storage.dtype.itemsize:
@@ -204,7 +247,7 @@ def _tensors(path: Path, content: Any, read_storage: Callable[[str], bytes]) -> 
 
 def _named_tensors(path: Path, content: Any) -> list[tuple[str, TensorRecord]]:
     if isinstance(content, ModuleRecord):
-        return list(_module_tensors(content, ""))
+        return list(_module_tensors(content, "", itertools.count()))
     if isinstance(content, dict):
         content = next((content[name] for name in STATES if isinstance(content.get(name), dict)), content)
     if not isinstance(content, dict) or not all(isinstance(value, TensorRecord) for value in content.values()):
@@ -212,13 +255,18 @@ def _named_tensors(path: Path, content: Any) -> list[tuple[str, TensorRecord]]:
     return list(content.items())
 
 
-def _module_tensors(module: ModuleRecord, prefix: str) -> Iterator[tuple[str, TensorRecord]]:
-    """(dotted name, tensor) of a module's parameters and buffers, as its state_dict would have them."""
+def _module_tensors(module: ModuleRecord, prefix: str, seen: Iterator[int]) -> Iterator[tuple[str, TensorRecord]]:
+    """(dotted name, tensor) of a module's parameters and buffers, as its state_dict would have them.
+
+    seen: counts modules; one in itself, or shared again and again, would have no end.
+    """
     state = vars(module)
+    if next(seen) > MAX_MODULES or prefix.count(".") > MAX_DEPTH:
+        raise pickle.UnpicklingError("its modules are nested deeper, or are more, than weights need")
     for group in ("_parameters", "_buffers"):
         for name, tensor in state.get(group, {}).items():
             if isinstance(tensor, TensorRecord):
                 yield prefix + name, tensor
     for name, child in state.get("_modules", {}).items():
         if isinstance(child, ModuleRecord):
-            yield from _module_tensors(child, f"{prefix}{name}.")
+            yield from _module_tensors(child, f"{prefix}{name}.", seen)
