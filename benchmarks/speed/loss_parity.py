@@ -26,6 +26,7 @@ from benchmarks.record import earlier, record, save
 from benchmarks.speed.train_step import write_tokenizer
 from cae_fast.commands.pretrain import make_inputs, micro_batches, prepare, take_step
 from cae_fast.config import PretrainConfig
+from cae_fast.files import replacing
 from cae_fast.training.distributed import World
 from cae_fast.training.ending import StopRequest
 from cae_fast.training.inputs import inputs_ahead
@@ -96,10 +97,12 @@ def train_path(path: str, seed: int, steps: int) -> list[float]:
     before = os.environ.get("CAE_KERNELS")
     if kernels is not None:
         os.environ["CAE_KERNELS"] = kernels
+
     try:
         with tempfile.TemporaryDirectory() as folder:
             config = settings(Path(folder), precision, seed, steps)
             job = prepare(config, World(), choose_device(config.train), StopRequest())
+
             losses = []
             with closing(micro_batches(job)) as batches:
                 for inputs, _ in inputs_ahead(batches, partial(make_inputs, job), job.run.device):
@@ -154,9 +157,8 @@ def draw(curves: Curves, path: Path) -> None:
     losses.set(ylabel="loss", title=f"mean of {len(truth)} seeds")
     distance.set(ylabel="distance from float32", xlabel="step", yscale="log")
     losses.legend(frameon=False)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    figure.savefig(temporary, format="png", dpi=110)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
 
 
 if __name__ == "__main__":

@@ -56,6 +56,7 @@ def graphed(runs: Sequence[Callable[[], Any]], device: torch.device) -> tuple[li
     for run in runs:
         for _ in range(2):
             run()
+
     # Backward passes run on the stream of their forward pass, so that one is captured: it must not be the default one.
     stream = torch.cuda.current_stream()
     replays: list[Callable[[], Any]] = []
