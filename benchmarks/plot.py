@@ -39,6 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=HERE / "results")
     parser.add_argument("--readme", type=Path, default=HERE / "README.md")
     args = parser.parse_args(argv)
+
     results, static = load(args.results)
     text = args.readme.read_text(encoding="utf-8")
     gpus = [device for device in results if device != "cpu"]
@@ -48,6 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         "proof": proof(args.results / "proof_of_learning", args.readme.parent),
         "static": static_tables(static),
     }
+
     for name, body in sections.items():
         text = put(text, name, body)
     write_text(args.readme, text)
@@ -182,6 +184,7 @@ def parity(record: dict[str, Any] | None) -> str:
 def op_table(record: dict[str, Any] | None) -> str:
     if record is None:
         return f"Ops: {MISSING}."
+
     head = ["op", "shape", "backend", "forward us", "backward us", "share of copy", "of the floor", "against reference"]
     rows = []
     references = {(row["op"], row["shape"]): row for row in record["rows"] if row["backend"] == "reference"}
@@ -191,12 +194,14 @@ def op_table(record: dict[str, Any] | None) -> str:
         if "forward_ms" not in row or "failed" in row:
             rows.append([*start, MISSING if "failed" not in row else "failed", *[""] * 4])
             continue
+
         times = pass_times(row)
         share = sum(row["moved"][: len(times)]) / sum(times) * 1e3 / row["ceilings"]["copy"]
         ratio = f"{sum(pass_times(reference)) / sum(times):.2f}x" if "forward_ms" in reference else MISSING
         backward = f"{times[1] * 1e3:.0f}" if len(times) > 1 else "-"
         floor = f"{floor_ms(row) / sum(times):.0%}"
         rows.append([*start, f"{times[0] * 1e3:.0f}", backward, f"{share:.0%}", floor, ratio])
+
     ceilings = record["ceilings"]
     reached = f"copy {ceilings['copy'] / 1e12:.2f} TB/s, product {ceilings['product'] / 1e12:.0f} TFLOP/s"
     return f"Ops {facts(record)}; {reached}:\n\n{table(head, rows)}"
@@ -243,15 +248,15 @@ def proof(folder: Path, beside: Path) -> str:
     path = folder / "results.json"
     if not path.exists():
         return f"Pretraining against random weights: {MISSING}."
+
     record = json.loads(path.read_text(encoding="utf-8"))
     proof_tables.draw(record["results"], folder / "probes.png")
     steps = ", ".join(f"{name} {count:,}" for name, count in record["steps"].items())
     shown = os.path.relpath(folder / "probes.png", beside)
     made = record["provenance"]
+    source = f"revision {made['revision']}, torch {made['versions']['torch']}"
     title = f"Top-1 in % of 2,000 test images, mean (lowest..highest) over seeds; steps of pretraining: {steps}"
-    title += (
-        f" (`benchmarks/learning/proof_of_learning.py`, revision {made['revision']}, torch {made['versions']['torch']})"
-    )
+    title += f" (`benchmarks/learning/proof_of_learning.py`, {source})"
     return f"{title}:\n\n{proof_tables.table(record['results'])}\n![Probes of every variant]({shown})"
 
 
@@ -328,11 +333,9 @@ def draw_roofline(device: str, record: dict[str, Any], path: Path) -> bool:
 
 
 def new_figure(height: float) -> tuple[Any, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, height), layout="constrained")
-    FigureCanvasAgg(figure)
     return figure, figure.add_subplot()
 
 

@@ -25,11 +25,9 @@ def table(results: dict[str, Any]) -> str:
 
 
 def draw(results: dict[str, Any], out: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.5 * len(results), 4), layout="constrained")
-    FigureCanvasAgg(figure)
     for axes, (name, variants) in zip(figure.subplots(1, len(results), squeeze=False)[0], results.items(), strict=True):
         width = 0.85 / len(variants)
         for position, (variant, runs) in enumerate(variants.items()):

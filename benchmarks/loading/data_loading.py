@@ -209,6 +209,7 @@ def our_loader(decoder: str, device: str, floats: bool, folder: Path, workers: i
             crop_ratio=RATIO,
             horizontal_flip=FLIP,
         )
+
         normalize = Normalize(list(MEAN), list(STD), torch.device("cpu"))
         batches = pretrain_loader(
             index,

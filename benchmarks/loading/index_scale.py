@@ -107,9 +107,10 @@ def measure(folder: Path, shuffle: str, args: argparse.Namespace) -> dict[str, f
 def open_and_draw(
     folder: Path, shuffle: str, batches: int, batch: int, barrier: Barrier, results: multiprocessing.Queue
 ) -> None:
-    barrier.wait()
+    barrier.wait()  # all processes at once
     before = private_mb()
     began = time.perf_counter()
+
     index = ImageIndex(folder)
     plan = SamplingPlan(
         num_samples=len(index),

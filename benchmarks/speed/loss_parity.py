@@ -142,11 +142,9 @@ def verdict(found: dict[str, float]) -> int:
 
 
 def draw(curves: Curves, path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 6), layout="constrained")
-    FigureCanvasAgg(figure)
     losses, distance = figure.subplots(2, 1, sharex=True)
     truth = torch.tensor(curves["float32"])
     for (name, rows), color in zip(curves.items(), ("#22223b", "#e07a1f", "#1f77b4"), strict=True):

@@ -18,7 +18,6 @@ a new process goes on behind it. `pytest benchmarks/speed/bench_ops.py` shows th
 import argparse
 import math
 import os
-import statistics
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.record import device_lost, earlier_rows, record, save, settled, start_again
-from benchmarks.speed.timing import copies_past_cache, copy_bandwidth, graphed, product_rate, time_ms
+from benchmarks.speed.timing import copies_past_cache, copy_bandwidth, graphed, middle, product_rate, time_ms
 from cae_kernels import (
     attention,
     bias_relu,
@@ -147,6 +146,7 @@ def norm_cases(s: Sizes) -> Iterator[Case]:
     table = s.make(s.patches, s.width)
     norm = [s.rows(s.tokens), *s.vectors(2)]
     yield s.case("layer_norm", lambda x, w, b: layer_norm(x, w, b, EPS), norm, 2 * s.stream, 3 * s.stream)
+
     yield s.case(
         "residual_norm",
         lambda x, y, g, w, b: residual_norm(x, y, g, None, norm=(w, b), eps=EPS),
@@ -154,7 +154,7 @@ def norm_cases(s: Sizes) -> Iterator[Case]:
         *(4 * s.stream, 6 * s.stream),
     )
 
-    # The regressor's: norms of queries, keys and values at once, the last two of visible patches alone, too.
+    # The regressor's: of masked patches queries, keys and values at once; of visible ones keys and values.
     yield s.case(
         "residual_norm",
         lambda x, y, g, *w: residual_norm_qkv(
@@ -173,6 +173,7 @@ def norm_cases(s: Sizes) -> Iterator[Case]:
         *(6 * s.masked_stream, 8 * s.masked_stream),
         kind="qkv",
     )
+
     yield s.case(
         "residual_norm",
         lambda x, *w: norm_qkv(x, table, s.visible_ids, norm_q=None, norm_k=w[:2], norm_v=w[2:], eps=EPS)[1:],
@@ -352,13 +353,6 @@ def table_row(row: dict, reference: dict, ceilings: dict[str, float]) -> str:
     if "peak_bytes" in row:
         cells.append(f"{row['peak_bytes'] / 1e6:.0f} MB")
     return f"{start} {'  '.join(cells)}"
-
-
-def middle(samples: list[float]) -> tuple[float, float]:
-    """Median, and half the distance of the 10th and 90th percentile as a share of it."""
-    tenths = statistics.quantiles(samples, n=10)
-    median = statistics.median(samples)
-    return median, (tenths[-1] - tenths[0]) / 2 / median
 
 
 def floor_ms(row: dict, ceilings: dict[str, float]) -> float:

@@ -191,6 +191,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.json:
             done = list(rows.values())
             save(args.json, record("peaks", rates=rates(done), rows=done))
+
     for name, value in rates(list(rows.values())).items():
         print(f"{name}: {value / 1e12:.2f} {'TB/s' if name == 'copy' else 'TFLOP/s'}")
     return 0

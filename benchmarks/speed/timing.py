@@ -72,6 +72,13 @@ def graphed(runs: Sequence[Callable[[], Any]], device: torch.device) -> tuple[li
     return replays, "graph"
 
 
+def middle(samples: list[float]) -> tuple[float, float]:
+    """Median, and half the distance of the 10th and 90th percentile as a share of it."""
+    tenths = statistics.quantiles(samples, n=10)
+    median = statistics.median(samples)
+    return median, (tenths[-1] - tenths[0]) / 2 / median
+
+
 def copy_bandwidth(device: torch.device, seconds: float) -> float:
     """Bytes read and written per second by a plain copy."""
     source = torch.randint(256, (2**29 if device.type == "cuda" else 2**26,), dtype=torch.uint8, device=device)

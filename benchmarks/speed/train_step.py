@@ -44,7 +44,7 @@ from PIL import Image
 from benchmarks.record import earlier_rows, record, save, settled
 from benchmarks.speed.original_step import OriginalStep, boolean_mask
 from benchmarks.speed.step_parts import PARTS, step_parts
-from benchmarks.speed.timing import copy_bandwidth, product_rate
+from benchmarks.speed.timing import copy_bandwidth, middle, product_rate
 from benchmarks.speed.torch_adamw import TorchAdamW
 from cae_fast.commands.pretrain import Job, make_inputs, micro_batches, prepare, take_step
 from cae_fast.config import PretrainConfig
@@ -376,8 +376,7 @@ def table_row(row: dict[str, Any]) -> str:
     if "failed" in row:
         return f"{start} FAILED: {row['failed']}"
 
-    tenths, median = statistics.quantiles(row["step_ms"], n=10), statistics.median(row["step_ms"])
-    spread = (tenths[-1] - tenths[0]) / 2 / median
+    median, spread = middle(row["step_ms"])
     cells = [f"{median:9.2f} ms +-{spread:3.0%} {row['images_per_second']:7.0f} images/s"]
     if row["mfu_all"] is not None:
         cells.append(f"MFU {row['mfu_model']:.1%} / {row['mfu_all']:.1%}")

@@ -142,6 +142,7 @@ def verify(state: dict[str, Tensor], images: str) -> None:
             crop_ratio=data.crop_ratio,
             horizontal_flip=data.horizontal_flip,
         )
+
         loader = pretrain_loader(
             index,
             plan,

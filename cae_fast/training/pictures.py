@@ -68,12 +68,10 @@ def save_curves(metrics_jsonl: Path, out: Path) -> None:
 
 
 def _curves_figure(lines: list[dict[str, Any]], skipped: list[int]) -> Any:
-    # A Figure with its own canvas, instead of pyplot, keeps no global state and needs no display.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    # A Figure alone, without pyplot, keeps no global state and needs no display.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 7), layout="constrained")
-    FigureCanvasAgg(figure)
 
     # Above, over the whole width: the losses, and the steps that were skipped.
     grid = figure.add_gridspec(2, 3, height_ratios=[1.7, 1])
