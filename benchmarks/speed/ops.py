@@ -158,16 +158,7 @@ def norm_cases(s: Sizes) -> Iterator[Case]:
     yield s.case(
         "residual_norm",
         lambda x, y, g, *w: residual_norm_qkv(
-            x,
-            y,
-            g,
-            None,
-            pos_embed=table,
-            ids=s.masked_ids,
-            norm_q=w[:2],
-            norm_k=w[2:4],
-            norm_v=w[4:],
-            eps=EPS,
+            x, y, g, None, pos_embed=table, ids=s.masked_ids, norm_q=w[:2], norm_k=w[2:4], norm_v=w[4:], eps=EPS
         ),
         [s.rows(s.half), s.rows(s.half), *s.vectors(7)],
         *(6 * s.masked_stream, 8 * s.masked_stream),

@@ -39,17 +39,13 @@ class Sizes(NamedTuple):
 
 def sizes_of(model: ContextAutoencoder, num_masked: int, element: int) -> Sizes:
     shape = model.shape
-    width, decoder_width = shape.embed_dim, shape.decoder_embed_dim
-    inner = width // shape.num_heads * shape.num_heads
-    decoder_inner = decoder_width // shape.decoder_num_heads * shape.decoder_num_heads
-    visible = model.encoder.grid**2 - num_masked
     return Sizes(
-        visible=visible,
+        visible=model.encoder.grid**2 - num_masked,
         masked=num_masked,
-        width=width,
-        inner=inner,
-        decoder_width=decoder_width,
-        decoder_inner=decoder_inner,
+        width=shape.embed_dim,
+        inner=shape.embed_dim // shape.num_heads * shape.num_heads,
+        decoder_width=shape.decoder_embed_dim,
+        decoder_inner=shape.decoder_embed_dim // shape.decoder_num_heads * shape.decoder_num_heads,
         element=element,
     )
 

@@ -215,15 +215,9 @@ class Regressor(nn.Module):
 
             # The residual update is one pass with the norms that read it: the next block's, or the last.
             if i + 1 < len(blocks):
+                norms = blocks[i + 1].input_norms()
                 x, normed = residual_norm_qkv(
-                    x,
-                    branch,
-                    block.gamma_2,
-                    drop[1],
-                    pos_embed=pos_embed,
-                    ids=masked_ids,
-                    **blocks[i + 1].input_norms(),
-                    eps=NORM_EPS,
+                    x, branch, block.gamma_2, drop[1], pos_embed=pos_embed, ids=masked_ids, **norms, eps=NORM_EPS
                 )
         norm = norm_parameters(self.norm)
         return residual_norm(x, branch, block.gamma_2, drop[1], norm=norm, eps=NORM_EPS)[1]

@@ -44,10 +44,8 @@ def load_encoder(path: str | Path, image_size: int | None = None) -> VisionTrans
 def make_encoder(state: dict[str, Tensor], num_heads: int, image_size: int | None = None) -> VisionTransformer:
     """A VisionTransformer of the tensors' shapes with them in it. KeyError or RuntimeError where they make none."""
     embed_dim, patch = state["cls_token"].shape[-1], state["patch_embed.proj.weight"].shape[-1]
-    depth = sum(name.endswith(".attn.qkv.weight") for name in state)
     side = math.isqrt(state["pos_embed"].shape[1] - 1) * patch
-    if image_size is None:
-        image_size = side
+    image_size = side if image_size is None else image_size
     if image_size < patch or image_size % patch:
         raise UserError(f"image_size is {image_size}: set a multiple of the patch size, {patch}")
 
@@ -55,7 +53,7 @@ def make_encoder(state: dict[str, Tensor], num_heads: int, image_size: int | Non
         image_size=image_size,
         patch_size=patch,
         embed_dim=embed_dim,
-        depth=depth,
+        depth=sum(name.endswith(".attn.qkv.weight") for name in state),
         num_heads=num_heads,
         layer_scale_init=1.0,
     )
