@@ -60,9 +60,9 @@ VARIANTS = {
 # The class token is not trained by pretraining itself: no loss sees it. So the linear probe comes in two kinds.
 PROBES = {
     "knn": (),
-    "linear": ("head.features=patch_mean", "optim.lr=3.0"),
-    "linear_class_token": ("optim.lr=3.0",),
-    "attentive": ("optim.lr=0.2", "optim.epochs=10"),
+    "linear": ("head.cache_features=true", "head.features=patch_mean", "optim.lr=3.0"),
+    "linear_class_token": ("head.cache_features=true", "optim.lr=3.0"),
+    "attentive": ("head.cache_features=true", "optim.lr=0.2", "optim.epochs=10"),
 }
 PRETRAIN = """
 model: {size: tiny}
@@ -74,7 +74,6 @@ train: {precision: float32, device: cpu, global_batch_size: 64}
 log: {tensorboard: false, every_steps: 100}
 """
 CLASSIFY = """
-head: {cache_features: true}
 data: {num_workers: 0}
 validation: {crop_pct: 1.0, every_epochs: 1000}
 optim: {min_lr: 0.0, epochs: 30, warmup_epochs: 3}
