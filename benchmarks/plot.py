@@ -8,11 +8,11 @@ on one device the newest file counts.
 """
 
 import argparse
-import io
 import json
 import os
 import statistics
 import sys
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from benchmarks.counted.static_tables import MISSING, static_tables, table
 from benchmarks.learning import proof_tables
 from benchmarks.record import folder_name
 from benchmarks.speed.step_parts import PARTS
+from cae_fast.files import replacing, write_text
 
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- {name}: written by plot.py -->", "<!-- end of {name} -->"
@@ -38,6 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=HERE / "results")
     parser.add_argument("--readme", type=Path, default=HERE / "README.md")
     args = parser.parse_args(argv)
+
     results, static = load(args.results)
     text = args.readme.read_text(encoding="utf-8")
     gpus = [device for device in results if device != "cpu"]
@@ -47,9 +49,10 @@ def main(argv: list[str] | None = None) -> int:
         "proof": proof(args.results / "proof_of_learning", args.readme.parent),
         "static": static_tables(static),
     }
+
     for name, body in sections.items():
         text = put(text, name, body)
-    write(args.readme, text)
+    write_text(args.readme, text)
     return 0
 
 
@@ -60,21 +63,26 @@ def load(folder: Path) -> tuple[Results, dict[str, Any] | None]:
         found = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(found, dict) and "suite" in found:
             records.append(found)
+
+    # Oldest first, so that the newest stays.
     results: Results = {}
     static = None
     for found in sorted(records, key=lambda each: each["time"]):
         if found["suite"] == "static":
             static = found
             continue
+
         suites = results.setdefault(found["device"], {})
         before = suites.get(found["suite"])
         if found["suite"] == "ops":
             found = found | {"rows": [{"ceilings": found["ceilings"]} | row for row in found["rows"]]}
+
         if before and found["suite"] in ROW_KEYS:
             key = ROW_KEYS[found["suite"]]
             rows = {tuple(row[k] for k in key): row for row in (*before["rows"], *found["rows"])}
             commands = dict.fromkeys((*before["command"].split("; "), found["command"]))
             found = found | {"rows": list(rows.values()), "command": "; ".join(commands)}
+
         suites[found["suite"]] = found
     return results, static
 
@@ -86,14 +94,6 @@ def put(text: str, name: str, body: str) -> str:
         raise ValueError(f"the README needs {begin!r} and {end!r} once each")
     head, rest = text.split(begin)
     return f"{head}{begin}\n\n{body.strip()}\n\n{end}{rest.split(end)[1]}"
-
-
-def write(path: Path, content: str | bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    if isinstance(content, str):
-        content = content.encode()
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
 
 
 def measured(results: Results, gpus: list[str], folder: Path, beside: Path) -> str:
@@ -138,19 +138,11 @@ def peaks(record: dict[str, Any] | None) -> str:
 
 
 def step_table(record: dict[str, Any] | None) -> str:
-    head = [
-        "step",
-        "batch",
-        "ms (median)",
-        "images/s",
-        "MFU model / all",
-        "peak GB",
-        "ours is",
-        "largest batch",
-        *PARTS,
-        "idle",
-    ]
+    head = ["step", "batch", "ms (median)", "images/s", "MFU model / all", "peak GB", "ours is", "largest batch"]
+    head += [*PARTS, "idle"]
     rows = []
+
+    # Models and variants on synthetic data, also those that nobody has measured.
     done = [] if record is None else [row for row in record["rows"] if row["model"] != "tiny"]
     found = {(row["model"], row["variant"]): row for row in done if row["data"] == "synthetic"}
     for model in STEP_MODELS:
@@ -161,10 +153,12 @@ def step_table(record: dict[str, Any] | None) -> str:
                 rows.append([f"{model} {variant}", MISSING, *[""] * (len(head) - 2)])
                 continue
             rows.append([f"{model} {variant}", str(row["batch"]), *step_cells(row, ours)])
+
     for row in done:
         if row["data"] != "synthetic" and "step_ms" in row:
             ours = found.get((row["model"], "ours"), {})
             rows.append([f"{row['model']} {row['variant']}, real images", str(row["batch"]), *step_cells(row, ours)])
+
     title = "Whole pretraining steps" + ("" if record is None else f" {facts(record)}") + "; the right half in ms:"
     return f"{title}\n\n{table(head, rows)}"
 
@@ -190,6 +184,7 @@ def parity(record: dict[str, Any] | None) -> str:
 def op_table(record: dict[str, Any] | None) -> str:
     if record is None:
         return f"Ops: {MISSING}."
+
     head = ["op", "shape", "backend", "forward us", "backward us", "share of copy", "of the floor", "against reference"]
     rows = []
     references = {(row["op"], row["shape"]): row for row in record["rows"] if row["backend"] == "reference"}
@@ -199,12 +194,14 @@ def op_table(record: dict[str, Any] | None) -> str:
         if "forward_ms" not in row or "failed" in row:
             rows.append([*start, MISSING if "failed" not in row else "failed", *[""] * 4])
             continue
+
         times = pass_times(row)
         share = sum(row["moved"][: len(times)]) / sum(times) * 1e3 / row["ceilings"]["copy"]
         ratio = f"{sum(pass_times(reference)) / sum(times):.2f}x" if "forward_ms" in reference else MISSING
         backward = f"{times[1] * 1e3:.0f}" if len(times) > 1 else "-"
         floor = f"{floor_ms(row) / sum(times):.0%}"
         rows.append([*start, f"{times[0] * 1e3:.0f}", backward, f"{share:.0%}", floor, ratio])
+
     ceilings = record["ceilings"]
     reached = f"copy {ceilings['copy'] / 1e12:.2f} TB/s, product {ceilings['product'] / 1e12:.0f} TFLOP/s"
     return f"Ops {facts(record)}; {reached}:\n\n{table(head, rows)}"
@@ -251,15 +248,15 @@ def proof(folder: Path, beside: Path) -> str:
     path = folder / "results.json"
     if not path.exists():
         return f"Pretraining against random weights: {MISSING}."
+
     record = json.loads(path.read_text(encoding="utf-8"))
     proof_tables.draw(record["results"], folder / "probes.png")
     steps = ", ".join(f"{name} {count:,}" for name, count in record["steps"].items())
     shown = os.path.relpath(folder / "probes.png", beside)
     made = record["provenance"]
+    source = f"revision {made['revision']}, torch {made['versions']['torch']}"
     title = f"Top-1 in % of 2,000 test images, mean (lowest..highest) over seeds; steps of pretraining: {steps}"
-    title += (
-        f" (`benchmarks/learning/proof_of_learning.py`, revision {made['revision']}, torch {made['versions']['torch']})"
-    )
+    title += f" (`benchmarks/learning/proof_of_learning.py`, {source})"
     return f"{title}:\n\n{proof_tables.table(record['results'])}\n![Probes of every variant]({shown})"
 
 
@@ -281,6 +278,7 @@ def draw_steps(device: str, record: dict[str, Any], path: Path) -> bool:
     done.sort(key=lambda row: (STEP_MODELS.index(row["model"]), row["data"] != "synthetic"))
     if not done:
         return False
+
     figure, axes = new_figure(1.2 + 0.45 * len(done))
     for place, row in enumerate(done):
         median = statistics.median(row["step_ms"])
@@ -291,6 +289,7 @@ def draw_steps(device: str, record: dict[str, Any], path: Path) -> bool:
             axes.barh(place, value * scale, left=left, color=COLORS[part], label=label, height=0.7)
             left += value * scale
         axes.text(left, place, f" {median:.0f} ms, {row['images_per_second']:.0f} images/s", va="center", fontsize=8)
+
     names = [f"{row['model']} B={row['batch']} {row['variant']}" for row in done]
     names = [name + ("" if row["data"] == "synthetic" else ", real") for name, row in zip(names, done, strict=True)]
     axes.set_yticks(range(len(done)), names)
@@ -307,18 +306,22 @@ def draw_roofline(device: str, record: dict[str, Any], path: Path) -> bool:
     done = [row for row in record["rows"] if "forward_ms" in row and "failed" not in row and sum(row["flops"])]
     if not done:
         return False
+
     ceilings = record["ceilings"]
     figure, axes = new_figure(5)
     intensities = [10 ** (exponent / 10) for exponent in range(45)]
     roof = [min(ceilings["copy"] * each, ceilings["product"]) / 1e12 for each in intensities]
     axes.loglog(intensities, roof, color="#333333", linewidth=1)
-    markers = dict(zip(dict.fromkeys(row["backend"] for row in done), "osD^vPX*<>", strict=False))
-    colors = dict(zip(dict.fromkeys(row["op"] for row in done), COLORS.values(), strict=False))
+
+    # Colours tell ops, markers backends; should there be more of them, they begin again.
+    markers = dict(zip(dict.fromkeys(row["backend"] for row in done), cycle("osD^vPX*<>")))
+    colors = dict(zip(dict.fromkeys(row["op"] for row in done), cycle(HUES)))
     for row in done:
         count = len(pass_times(row))
         flops, moved = sum(row["flops"][:count]), sum(row["moved"][:count])
         rate = flops / sum(pass_times(row)) / 1e9
-        axes.plot(flops / moved, rate, markers[row["backend"]], color=colors.get(row["op"], "#000000"), markersize=6)
+        axes.plot(flops / moved, rate, markers[row["backend"]], color=colors[row["op"]], markersize=6)
+
     for op, color in colors.items():
         axes.plot([], [], "s", color=color, label=op)
     for backend, marker in markers.items():
@@ -330,18 +333,15 @@ def draw_roofline(device: str, record: dict[str, Any], path: Path) -> bool:
 
 
 def new_figure(height: float) -> tuple[Any, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, height), layout="constrained")
-    FigureCanvasAgg(figure)
     return figure, figure.add_subplot()
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    write(path, buffer.getvalue())
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
 
 
 if __name__ == "__main__":

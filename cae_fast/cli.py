@@ -39,6 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return 0 if argv else 2
+
     name = argv[0]
     if name == "--version":
         print(f"cae-fast {__version__}")
@@ -47,6 +48,8 @@ def main(argv: list[str] | None = None) -> int:
         near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.0)[0]
         print(f"cae-fast: no command {name!r}; did you mean {near!r}? `cae-fast --help` lists all", file=sys.stderr)
         return 2
+
+    # Only now its imports: `cae-fast --help` need not wait for torch.
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[LateStderr()])
     command = importlib.import_module(f"cae_fast.commands.{name.replace('-', '_')}")
     parser = argparse.ArgumentParser(
@@ -55,6 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_arguments(parser)
+
     try:
         return command.run(parser.parse_args(argv[1:]))
     except UserError as error:

@@ -59,7 +59,7 @@ def load_config(schema: type, path: str | None, overrides: list[str]) -> Any:
             config = OmegaConf.merge(config, layer)
         except ConfigKeyError as error:
             raise UserError(_unknown_key(schema, str(error.full_key))) from error
-        except (OmegaConfBaseException, ValueError) as error:
+        except (OmegaConfBaseException, ValueError, TypeError) as error:
             key = getattr(error, "full_key", None) or "settings"
             raise UserError(f"{key}: {str(error).splitlines()[0]}") from error
 

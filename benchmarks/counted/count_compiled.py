@@ -45,8 +45,6 @@ H100 = SimpleNamespace(
     L2_cache_size=50 * 2**20,
     gcnArchName="",
 )
-
-
 aten = torch.ops.aten
 PRODUCT_OPS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten.convolution.default}
 
@@ -104,6 +102,7 @@ def count(function: Callable[..., Any], inputs: list[Tensor]) -> list[dict[str, 
     def attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         return attend(query, key, value)[0]
 
+    # Attention stays one op, as on a GPU.
     fake_constants = mock.patch("torch._dynamo.utils.assert_no_fake_params_or_buffers")  # what a case closes over
     with fake_constants, mock.patch.object(F, "scaled_dot_product_attention", attention):
         compiled = aot_function(
@@ -124,6 +123,7 @@ def scheduled(graph: torch.fx.GraphModule, example_inputs: Any, is_backward: boo
     """What Inductor's scheduler would launch for a graph of the CPU's fake tensors, were they on an H100."""
     mode = next(x.fake_mode for x in example_inputs if isinstance(x, FakeTensor))
     graph = copied(graph)
+
     with as_an_h100(), torch.no_grad(), V.set_fake_mode(mode):
 
         def on_cuda(x: Any) -> Any:
@@ -138,9 +138,11 @@ def scheduled(graph: torch.fx.GraphModule, example_inputs: Any, is_backward: boo
                 node.kwargs = node.kwargs | {"device": torch.device("cuda", 0)}
             # Not propagated anew: without a GPU's libraries, convolutions there would choose another layout.
             node.meta["val"] = tree_map(on_cuda, node.meta.get("val"))
+
         # Its in-place writes into views need a device; Inductor makes scatters of slices pointwise anyway.
         with mock.patch("torch._inductor.fx_passes.post_grad.reinplace_inplaceable_ops"):
             post_grad_passes(graph, is_inference=False)
+
         convolves = any(node.target is torch.ops.aten.convolution.default for node in graph.graph.nodes)
         lowering = GraphLowering(graph, example_inputs=inputs, is_backward=is_backward, layout_opt=convolves)
         with V.set_graph_handler(lowering), DebugContext():

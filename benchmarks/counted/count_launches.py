@@ -77,21 +77,25 @@ class Launches(TorchDispatchMode):
         is_view = bool(returns) and all(alias is not None and not alias.is_write for alias in returns)
         if name in NO_LAUNCH or is_view:
             return
+
         read, written = [], []
-        for argument, value in zip(func._schema.arguments, args, strict=False):
+        for argument, value in zip(func._schema.arguments[: len(args)], args, strict=True):
             changed = argument.alias_info is not None and argument.alias_info.is_write
             tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
             written += tensors if changed else []
             read += [] if changed and name in WRITTEN_ONLY else tensors
         read += [leaf for leaf in tree_leaves(kwargs) if isinstance(leaf, Tensor)]
+        # Results that alias an argument are written where that argument is.
         if not any(alias is not None for alias in returns):
             written += results
         if not written:
             return
+
         if name == "linear_cross_entropy":
             self.cross_entropy(args)
         unique = {id(tensor): tensor for tensor in read}.values()
-        self.add(name, sum(map(stored_bytes, unique)) + sum(map(stored_bytes, written)), 1 + MORE_LAUNCHES.get(name, 0))
+        moved = sum(map(stored_bytes, unique)) + sum(map(stored_bytes, written))
+        self.add(name, moved, 1 + MORE_LAUNCHES.get(name, 0))
 
     def cross_entropy(self, args: Any) -> None:
         """What the op does inside: logits by a product, made into their gradient in place, two products of that."""

@@ -67,6 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     found_ops: list[dict[str, Any]] = []
     found_steps: list[dict[str, Any]] = []
+
     for model in args.models:
         found_ops += count_ops(model, args.k)
         if not args.no_steps:
@@ -85,6 +86,7 @@ def count_ops(shape: str, text: str = "") -> list[dict[str, Any]]:
         for case in ops.cases(sizes):
             if text not in case.op:
                 continue
+
             ops.choose("all", "reference")
             row: dict[str, Any] = {"op": case.op, "shape": case.shape, "moved": case.moved}
             row["flops"] = ops.count_flops(case)
@@ -92,6 +94,7 @@ def count_ops(shape: str, text: str = "") -> list[dict[str, Any]]:
             row["compiled"] = compiled_passes(case, sizes)
             with as_on_a_gpu():
                 row["ours"] = [counter.total() for counter in eager_passes(case)]
+
             rows.append(row)
             ways = (f"{way} {[(p['launches'], round(p['bytes'] / 1e6)) for p in row[way]]}" for way in WAYS)
             print(f"{case.op:22s} {case.shape:16s} launches, MB: {'  '.join(ways)}", flush=True)
@@ -141,12 +144,13 @@ def count_steps(model: str, size: str, batch: int) -> list[dict[str, Any]]:
         facts = {"model": model, "batch": batch, "flops_model": batch * pretraining_flops(cae, half)}
         facts["flops_all"] = facts["flops_model"] + batch * tokenizer.encode_flops(cae.encoder.grid, half)
         facts["parameters"] = sum(p.numel() for p in cae.parameters())
+
+        # torch.compile leaves the optimizer's step to torch's fused kernel, as eager does.
         for way, function in (("ours", plain_step), ("eager", plain_step), ("original", original_step)):
             with as_on_a_gpu() if way == "ours" else reference_ops():
                 parts = function(model_of(size), fake_tokenizer(), batch)
-            rows.append(
-                facts | {"way": way, "parts": {name: part.total() | by_op(part) for name, part in parts.items()}}
-            )
+            counted = {name: part.total() | by_op(part) for name, part in parts.items()}
+            rows.append(facts | {"way": way, "parts": counted})
             print_step(rows[-1])
         with reference_ops():
             compiled = compiled_step(size, batch, fake_tokenizer()) | {"optimizer": rows[1]["parts"]["optimizer"]}
@@ -203,16 +207,19 @@ def step_inputs(grid: int, patch: int, batch: int, dtype: torch.dtype) -> dict[s
 
 def plain_step(cae: ContextAutoencoder, tokenizer: DalleTokenizer, batch: int) -> dict[str, Launches]:
     """Ours, by whatever backends are chosen."""
-    engine = Engine(cae, OptimConfig(), "bfloat16", CPU, 1)
+    engine = Engine(cae, OptimConfig(), "bfloat16", CPU, accumulation=1)
     inputs = step_inputs(cae.encoder.grid, cae.shape.patch_size, batch, torch.bfloat16)
     shape = cae.shape
     keep = torch.ones(2 * (2 * shape.depth + shape.regressor_depth + shape.decoder_depth), batch)
+
     with Launches() as encoding:
         codes = tokenizer.encode(inputs["token_images"], inputs["masked_ids"])
     with Launches() as forward:
         losses = engine(inputs["images"], inputs["visible_ids"], inputs["masked_ids"], codes, keep)
     with Launches() as backward:
         engine.backward(losses.total)
+
+    # Our AdamW is one kernel, counted by what it moves; the baselines' is torch's fused one.
     ours = os.environ.get("CAE_KERNELS") == ""
     parameters = sum(master.numel() for master in engine.masters)
     if not ours:
@@ -229,15 +236,16 @@ def plain_step(cae: ContextAutoencoder, tokenizer: DalleTokenizer, batch: int) -
 
 
 def original_step(cae: ContextAutoencoder, tokenizer: DalleTokenizer, batch: int) -> dict[str, Launches]:
-    rates = mock.patch(
-        "original_step.drop_path_rates", lambda rate, depth: [rate * i / (depth - 1) for i in range(depth)]
-    )
-    with rates:
+    def rates(rate: float, depth: int) -> list[float]:
+        return [rate * i / (depth - 1) for i in range(depth)]
+
+    with mock.patch("benchmarks.speed.original_step.drop_path_rates", rates):  # fake tensors have no numbers
         original = OriginalCAE.of(cae)
     grid = cae.encoder.grid
     inputs = step_inputs(grid, cae.shape.patch_size, batch, torch.float32)
     encoder = OriginalTokenizer(tokenizer.encoder)
     mask = torch.zeros(batch, grid**2, dtype=torch.bool)
+
     with Launches() as encoding:
         labels = encoder(torch.zeros(batch, 3, 8 * grid, 8 * grid), torch.float16)[mask]
     with Launches() as forward, torch.autocast("cpu", torch.float16):
@@ -246,6 +254,8 @@ def original_step(cae: ContextAutoencoder, tokenizer: DalleTokenizer, batch: int
         loss = main + 2 * torch.nn.functional.mse_loss(latents.float(), target.float())
     with Launches() as backward:
         loss.backward()
+
+    # By the constants above: the scaler asks for numbers, which fake tensors do not have.
     update = Launches()
     parameters = sum(p.numel() for p in original.parameters() if p.requires_grad)
     for per_parameter, launches in (FOREACH_ADAMW, UNSCALE_AND_CLIP):
@@ -261,6 +271,7 @@ def compiled_step(size: str, batch: int, tokenizer: DalleTokenizer) -> dict[str,
     parts = {}
     for name, first, second in zip(("forward", "backward"), low, high, strict=True):
         parts[name] = {key: round(first[key] + blocks * (second[key] - first[key])) for key in first}
+
     grid = 14 if size == "large" else 16
     inputs = step_inputs(grid, 8, batch, torch.bfloat16)
     holder = nn.Module()  # so that weights are inputs of the graph, not constants

@@ -95,12 +95,17 @@ def predicted(record: dict[str, Any]) -> str:
     steps = {row["way"]: row for row in record["steps"] if row["model"] == "ViT-L"}
     if not {"ours", "compiled"} <= set(steps):
         return f"Predicted: {MISSING}."
+
+    # The counts at the assumed rates, and with what they leave out.
     counted = {way: sum(step_ms(steps[way], record["ceilings"]["H100"])) for way in NOT_COUNTED_MS}
     whole = {way: counted[way] + more for way, more in NOT_COUNTED_MS.items()}
+
+    # Bytes of everything but products, where the two differ.
     rest = {way: gb(sum(steps[way]["parts"][part]["other_bytes"] for part in PASSES)) for way in counted}
     backward = {way: gb(steps[way]["parts"]["backward"]["other_bytes"]) for way in counted}
     ops = ours_by_op(record, "ViT-L")
     gelu = ops["bias_gelu"][1] + ops["bias_gelu_backward"][1]
+
     left_out = "{ours} and {compiled} ms".format(**NOT_COUNTED_MS)
     sentences = [
         "Predicted for ViT-L at batch 256 on an H100, an estimate and no measurement: ours about "
@@ -131,9 +136,10 @@ def op_counts(record: dict[str, Any]) -> str:
         cells = [row["op"], row["shape"]]
         cells += [" / ".join(str(each["launches"]) for each in row[way]) for way in ways]
         cells += [" / ".join(f"{each['bytes'] / 1e6:.0f}" for each in row[way]) for way in ways]
+        count = len(row["ours"])  # passes: without a backward one for what trains nothing
         for rates in record["ceilings"].values():
-            passes = zip(row["moved"], row["flops"], row["ours"], strict=False)
-            floors = (max(moved / rates["copy"], work / rates["linears"]) for moved, work, _ in passes)
+            passes = zip(row["moved"][:count], row["flops"][:count], strict=True)
+            floors = (max(moved / rates["copy"], work / rates["linears"]) for moved, work in passes)
             cells.append(" / ".join(f"{seconds * 1e6:.0f}" for seconds in floors))
         rows.append(cells)
     return table(head, rows)

@@ -4,7 +4,6 @@
 backgrounds of the test images come from photographs that no training image shows. Everything is decided by the seed.
 """
 
-import os
 import shutil
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from cae_fast.data.bundled import bundled_path
+from cae_fast.files import write_text
 
 SIDE = 40
 GARMENT_SIDES = (32, 41)
@@ -28,6 +28,8 @@ def make_cluttered_set(folder: Path, seed: int = 0) -> Path:
     """Write folder/train and folder/test with a folder of PNG files for each class, once. Returns `folder`."""
     if (folder / "complete.txt").exists() and (folder / "complete.txt").read_text() == f"{VERSION} {seed}":
         return folder
+
+    # What is there is unfinished or of another version or seed.
     shutil.rmtree(folder, ignore_errors=True)
     photographs = sorted(bundled_path("photographs").glob("*.jpg"))
     for number, split in enumerate(("train", "test")):
@@ -40,9 +42,7 @@ def make_cluttered_set(folder: Path, seed: int = 0) -> Path:
             out.parent.mkdir(parents=True, exist_ok=True)
             background = pixels[random.integers(len(pixels))]
             Image.fromarray(compose(Image.open(path), background, random)).save(out)
-    temporary = folder / ".complete.tmp"
-    temporary.write_text(f"{VERSION} {seed}")
-    os.replace(temporary, folder / "complete.txt")
+    write_text(folder / "complete.txt", f"{VERSION} {seed}")
     return folder
 
 
@@ -53,6 +53,7 @@ def compose(garment: Image.Image, photograph: np.ndarray, random: np.random.Gene
     top, left = random.integers(height - side + 1), random.integers(width - side + 1)
     crop = Image.fromarray(photograph[top : top + side, left : left + side])
     image = np.asarray(crop.resize((SIDE, SIDE), Image.Resampling.BICUBIC), np.float32).copy()
+
     size = int(random.integers(*GARMENT_SIDES))
     gray = np.asarray(garment.resize((size, size), Image.Resampling.BICUBIC), np.float32)[..., None]
     shown = np.asarray(garment.point(lambda value: 255 * (value > SHOWN_ABOVE)).resize((size, size))) > 127

@@ -61,9 +61,9 @@ VARIANTS = {
 # The class token is not trained by pretraining itself: no loss sees it. So the linear probe comes in two kinds.
 PROBES = {
     "knn": (),
-    "linear": ("head.features=patch_mean", "optim.lr=3.0"),
-    "linear_class_token": ("optim.lr=3.0",),
-    "attentive": ("optim.lr=0.2", "optim.epochs=10"),
+    "linear": ("head.cache_features=true", "head.features=patch_mean", "optim.lr=3.0"),
+    "linear_class_token": ("head.cache_features=true", "optim.lr=3.0"),
+    "attentive": ("head.cache_features=true", "optim.lr=0.2", "optim.epochs=10"),
 }
 PRETRAIN = """
 model: {size: tiny}
@@ -75,7 +75,6 @@ train: {precision: float32, device: cpu, global_batch_size: 64}
 log: {tensorboard: false, every_steps: 100}
 """
 CLASSIFY = """
-head: {cache_features: true}
 data: {num_workers: 0}
 validation: {crop_pct: 1.0, every_epochs: 1000}
 optim: {min_lr: 0.0, epochs: 30, warmup_epochs: 3}
@@ -95,13 +94,21 @@ class ImageSet:
 
 
 def image_sets(work: Path) -> dict[str, ImageSet]:
-    gray = ("data.mean=[0.286,0.286,0.286]", "data.std=[0.353,0.353,0.353]")
-    color = ("data.mean=[0.449,0.399,0.387]", "data.std=[0.256,0.224,0.227]")
-    fashion, cluttered = "bundled:fashion-mnist", work / "cluttered"
-    size = ("model.image_size=28", "model.patch_size=4"), ("model.image_size=40", "model.patch_size=5")
     return {
-        "fashion": ImageSet(f"{fashion}/train", f"{fashion}/test", 1500, size[0], gray),
-        "cluttered": ImageSet(f"{cluttered}/train", f"{cluttered}/test", 3000, size[1], color),
+        "fashion": ImageSet(
+            train="bundled:fashion-mnist/train",
+            test="bundled:fashion-mnist/test",
+            steps=1500,
+            settings=("model.image_size=28", "model.patch_size=4"),
+            data=("data.mean=[0.286,0.286,0.286]", "data.std=[0.353,0.353,0.353]"),
+        ),
+        "cluttered": ImageSet(
+            train=f"{work}/cluttered/train",
+            test=f"{work}/cluttered/test",
+            steps=3000,
+            settings=("model.image_size=40", "model.patch_size=5"),
+            data=("data.mean=[0.449,0.399,0.387]", "data.std=[0.256,0.224,0.227]"),
+        ),
     }
 
 
@@ -119,7 +126,7 @@ def measure(
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "output.txt", "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         began = time.perf_counter()
-        config = pretrain(images, variant, seed, steps, folder)
+        config = pretrain(images, variant, seed, steps=steps, folder=folder)
         result = {"seconds": round(time.perf_counter() - began, 1)}
         for probe in probes:
             result[probe] = run_probe(images, probe, seed, folder)
@@ -136,6 +143,7 @@ def pretrain(images: ImageSet, variant: str, seed: int, steps: int, folder: Path
     settings += [f"train.run_dir={folder}", f"train.max_steps={steps}", *(VARIANTS[variant] or [])]
     settings.append(f"optim.epochs={max(2, math.ceil(steps * BATCH / 10_000))}")
     config = load_config(PretrainConfig, str(recipe), settings)
+
     if variant != "random":
         run(["pretrain", str(recipe), *settings], folder)
         return config
@@ -171,6 +179,7 @@ def decoded_error(config: PretrainConfig, images: ImageSet, folder: Path) -> flo
     output_dim, weight = 3 * patch_size**2, config.target.alignment_weight
     model = ContextAutoencoder(config.model, output_dim, predict_codes=False, alignment_weight=weight)
     load_weights(model, str(folder / "model.safetensors"))
+
     pixels, _ = load_images(images.test, config.data, config.model.image_size, folder)
     errors, targets = [], []
     for part in Normalize(config.data.mean, config.data.std, torch.device("cpu"))(pixels).split(256):
@@ -197,7 +206,8 @@ def raw_pixels(images: ImageSet, work: Path) -> dict[str, float]:
         load_images(path, config.data, config.model.image_size, work / "raw") for path in (images.train, images.test)
     ]
     (train, train_y), (test, test_y) = [(pixels.flatten(1).float() / 255, labels) for pixels, labels in sets]
-    result = {"knn": 100 * knn_accuracy(train, train_y, test, test_y, 20, num_classes=10)}
+    result = {"knn": 100 * knn_accuracy(train, train_y, test, test_y, k=20, num_classes=10)}
+
     mean, std = train.mean(0), train.std(0) + 1e-3
     train, test = (train - mean) / std, (test - mean) / std
     layer = torch.nn.Linear(train.shape[1], 10)
@@ -252,6 +262,8 @@ def main() -> int:
     arguments = parse_arguments()
     work = arguments.out.resolve()
     work.mkdir(parents=True, exist_ok=True)
+
+    # Results of an earlier run, of the same numbers of steps only, and a place for what is missing.
     path, sets = work / "results.json", image_sets(work)
     steps = {name: arguments.steps or sets[name].steps for name in arguments.sets}
     stored = json.loads(path.read_text()) if path.exists() else {"steps": steps, "results": {}}
@@ -266,10 +278,12 @@ def main() -> int:
             runs["raw_pixels"] = {"": raw_pixels(sets[name], work)}
         for variant in arguments.variants:
             runs.setdefault(variant, {})
+
     measure_all(arguments, sets, stored, path)
     write_text(work / "table.md", table(results))
     draw(results, work / "probes.png")
     print(table(results))
+
     if arguments.steps is not None or not {"cae", "random"} <= set(arguments.variants):
         print("thresholds hold for the full number of steps, of cae and random: not checked")
         return 0
@@ -289,6 +303,8 @@ def measure_all(arguments: argparse.Namespace, sets: dict[str, ImageSet], stored
         if str(seed) not in results[name][variant]
     }
     print(f"{len(cost)} runs, about {sum(cost.values()) / 60 / arguments.jobs:.0f} minutes", flush=True)
+
+    # As an exception SIGTERM, too, comes to where the workers are ended.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     began, done = time.perf_counter(), 0.0
     pool = ProcessPoolExecutor(arguments.jobs, multiprocessing.get_context("spawn"))
@@ -296,8 +312,9 @@ def measure_all(arguments: argparse.Namespace, sets: dict[str, ImageSet], stored
         futures = {}
         for name, variant, seed in cost:
             folder = path.parent / name / f"{variant}_{seed}"
-            future = pool.submit(measure, sets[name], variant, seed, steps[name], folder)
+            future = pool.submit(measure, sets[name], variant, seed, steps=steps[name], folder=folder)
             futures[future] = (name, variant, seed)
+
         for future in as_completed(futures):
             name, variant, seed = futures[future]
             results[name][variant][str(seed)] = future.result()

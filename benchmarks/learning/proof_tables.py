@@ -1,9 +1,10 @@
 """Table and picture of what proof_of_learning.py measured: results[set][variant][seed] with accuracies in percent."""
 
-import os
 import statistics
 from pathlib import Path
 from typing import Any
+
+from cae_fast.files import replacing
 
 COLUMNS = {"knn": "k-NN", "linear": "linear", "linear_class_token": "linear (class token)", "attentive": "attentive"}
 
@@ -24,11 +25,9 @@ def table(results: dict[str, Any]) -> str:
 
 
 def draw(results: dict[str, Any], out: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.5 * len(results), 4), layout="constrained")
-    FigureCanvasAgg(figure)
     for axes, (name, variants) in zip(figure.subplots(1, len(results), squeeze=False)[0], results.items(), strict=True):
         width = 0.85 / len(variants)
         for position, (variant, runs) in enumerate(variants.items()):
@@ -39,10 +38,10 @@ def draw(results: dict[str, Any], out: Path) -> None:
                     label = variant * (offset == 0)
                     axes.bar(place, statistics.mean(values), 0.9 * width, color=f"C{position}", label=label)
                     axes.plot([place] * len(values), values, "k.", markersize=3)
+
         axes.set_xticks(range(len(COLUMNS)), [title.replace(" (", "\n(") for title in COLUMNS.values()])
         axes.set_title(f"{name}: top-1 in %, dots are seeds")
         axes.axhline(10, color="black", linewidth=0.8, linestyle=":", label="chance")
         axes.legend(fontsize=8, frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.12))
-    temporary = out.with_name(f".{out.name}.tmp")
-    figure.savefig(temporary, format="png", dpi=130)
-    os.replace(temporary, out)
+    with replacing(out) as temporary:
+        figure.savefig(temporary, format="png", dpi=130)

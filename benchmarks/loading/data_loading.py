@@ -167,6 +167,8 @@ def dali_loader(device_id: int | None, folder: Path, workers: int) -> Iterator[A
             random_aspect_ratio=list(RATIO),
             adjust_orientation=False,
         )
+
+        # Both views are of one crop; its pixels are bytes, so mean and standard deviation are 255 times as large.
         mirror = fn.random.coin_flip(probability=FLIP)
         views = [
             (SIZE, types.INTERP_CUBIC, [255 * x for x in MEAN], [255 * x for x in STD]),
@@ -194,9 +196,20 @@ def our_loader(decoder: str, device: str, floats: bool, folder: Path, workers: i
         raise ImportError(missing)
     if device == "cuda" and not torch.cuda.is_available():
         raise ImportError("a CUDA GPU")
+
     with tempfile.TemporaryDirectory() as temporary:
         index = build_index(folder, Path(temporary) / "x.index", 10**8)
-        plan = SamplingPlan(len(index), index.heights, index.widths, BATCH, 0, SCALE, RATIO, FLIP)
+        plan = SamplingPlan(
+            num_samples=len(index),
+            heights=index.heights,
+            widths=index.widths,
+            global_batch_size=BATCH,
+            seed=0,
+            crop_scale=SCALE,
+            crop_ratio=RATIO,
+            horizontal_flip=FLIP,
+        )
+
         normalize = Normalize(list(MEAN), list(STD), torch.device("cpu"))
         batches = pretrain_loader(
             index,
@@ -214,6 +227,7 @@ def our_loader(decoder: str, device: str, floats: bool, folder: Path, workers: i
             decoder=decoder,
             device=device,
         )
+
         for batch in batches:
             if floats:
                 yield normalize(batch.images), batch.token_images.float() * (0.8 / 255) + 0.1
@@ -299,13 +313,17 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="measure also what the file has")
     parser.add_argument("--sample", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
+
+    # One way, in a process of its own that another one started.
     if args.sample:
         way, folder, workers, seconds = args.sample
         print(json.dumps(sample(way, Path(folder), workers, seconds)), flush=True)
         os._exit(0)  # endless loaders have nothing to finish
+
     folder = make_images(args.images)
     sizes = [path.stat().st_size for path in folder.iterdir()]
     print(f"{len(sizes)} JPEGs in {folder}, median {statistics.median(sizes) / 1000:.0f} kB", flush=True)
+
     found = {} if args.again else earlier_rows(args.json, ("way", "workers"), seconds=args.seconds)
     rows = [
         found.get((way, workers), {"way": way, "output": WAYS[way][0], "workers": workers, "samples": []})
@@ -314,11 +332,14 @@ def main() -> None:
     ]
     for row in rows:
         row["samples"] = [sample for sample in row["samples"] if "images" in sample]
+
+    # In turns, so that what else the machine does falls on all ways alike.
     for repeat in range(args.repeats):
         for row in (row for row in rows if len(row["samples"]) <= repeat):
             row["samples"].append(sample_in_process(row["way"], folder, row["workers"], args.seconds))
             if args.json:
                 save(args.json, record("data_loading", seconds=args.seconds, bytes=sizes, rows=rows))
+
     print(f"{'':30s} {'':8s} {'workers':>3s}  images/s  CPU ms/im   ratio  cores for {WANTED}/s")
     for row in rows:
         same = [r for r in rows if r["way"] == BASELINE and r["workers"] == row["workers"]]

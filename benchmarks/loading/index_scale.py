@@ -24,6 +24,7 @@ import numpy as np
 from cae_fast.data.index import ImageIndex, write_arrays
 from cae_fast.data.sampling import SamplingPlan
 from cae_fast.data.shards import Shards
+from cae_fast.files import write_text
 
 
 def main() -> None:
@@ -35,10 +36,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--json", metavar="FILE", help="write the results there, too")
     args = parser.parse_args()
+
     with tempfile.TemporaryDirectory() as folder:
         write_synthetic_index(Path(folder), args.images, args.shards)
         rows = [measure(Path(folder), shuffle, args) for shuffle in ("global", "shard")]
         size = sum(path.stat().st_size for path in Path(folder).iterdir())
+
     machine = (
         f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, numpy {np.__version__}"
     )
@@ -50,12 +53,11 @@ def main() -> None:
             f"{row['shuffle']:10s}{row['open_seconds']:10.3f}{row['open_private_mb']:12.1f}{row['draw_seconds']:10.3f}"
             f"{row['draw_private_mb']:12.1f}{1e3 * row['draw_seconds'] / args.batches:10.3f}"
         )
+
     if args.json:
         facts = {"images": args.images, "shards": args.shards, "index_bytes": size, "machine": machine}
         facts |= {"processes": args.processes, "batches": args.batches, "batch": args.batch, "rows": rows}
-        temporary = Path(args.json).with_name(f".{Path(args.json).name}.tmp")
-        temporary.write_text(json.dumps(facts, indent=1) + "\n")
-        os.replace(temporary, args.json)
+        write_text(Path(args.json), json.dumps(facts, indent=1) + "\n")
 
 
 def write_synthetic_index(folder: Path, images: int, shards: int) -> None:
@@ -65,10 +67,13 @@ def write_synthetic_index(folder: Path, images: int, shards: int) -> None:
     counts = 1 + np.floor(shares / shares.sum() * (images - shards)).astype(np.int64)
     counts[: images - counts.sum()] += 1
     starts = np.append(0, counts.cumsum())
+
+    # In a tar file each image stands behind a header of 512 bytes and fills whole blocks of 512.
     sizes = random.integers(20_000, 200_000, images)
     blocks = 512 + -(-sizes // 512) * 512
     ends = blocks.cumsum()
     before = np.append(0, ends)[starts[:-1]]  # bytes of the tar files before
+
     digits = np.frombuffer(b"".join(b"n01440764_%08d.JPEG" % i for i in range(images)), np.uint8)
     arrays = {
         "paths": digits,
@@ -82,7 +87,8 @@ def write_synthetic_index(folder: Path, images: int, shards: int) -> None:
     }
     names = [f"n{i:08d}" for i in range(shards)]
     (folder / "bad_files.tsv").touch()
-    write_arrays(folder, Shards([f"/data/imagenet22k/{name}.tar" for name in names]), arrays, names, 0, 100_000_000)
+    shards_of = Shards([f"/data/imagenet22k/{name}.tar" for name in names])
+    write_arrays(folder, shards_of, arrays, names, num_bad=0, max_pixels=100_000_000)
 
 
 def measure(folder: Path, shuffle: str, args: argparse.Namespace) -> dict[str, float | str]:
@@ -101,14 +107,25 @@ def measure(folder: Path, shuffle: str, args: argparse.Namespace) -> dict[str, f
 def open_and_draw(
     folder: Path, shuffle: str, batches: int, batch: int, barrier: Barrier, results: multiprocessing.Queue
 ) -> None:
-    barrier.wait()
+    barrier.wait()  # all processes at once
     before = private_mb()
     began = time.perf_counter()
+
     index = ImageIndex(folder)
-    starts = index.shard_starts
-    ratio = (3 / 4, 4 / 3)
-    plan = SamplingPlan(len(index), index.heights, index.widths, batch, 0, (0.08, 1), ratio, 0.5, shuffle, starts)
+    plan = SamplingPlan(
+        num_samples=len(index),
+        heights=index.heights,
+        widths=index.widths,
+        global_batch_size=batch,
+        seed=0,
+        crop_scale=(0.08, 1),
+        crop_ratio=(3 / 4, 4 / 3),
+        horizontal_flip=0.5,
+        shuffle=shuffle,
+        shard_starts=index.shard_starts,
+    )
     row = {"open_seconds": time.perf_counter() - began, "open_private_mb": private_mb() - before}
+
     barrier.wait()
     began = time.perf_counter()
     for step in range(batches):

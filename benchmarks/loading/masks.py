@@ -76,11 +76,12 @@ def with_kernel(grid: int, num_masked: int, backend: str, device: str) -> tuple[
 def ways(grid: int, num_masked: int) -> dict[str, Callable[[], object]]:
     found: dict[str, Callable[[], object]] = {
         "original's law in Python": functools.partial(in_python, grid, num_masked),
-        "torch reference, CPU": functools.partial(with_kernel, grid, num_masked, "reference", "cpu"),
+        "torch reference, CPU": functools.partial(with_kernel, grid, num_masked, backend="reference", device="cpu"),
     }
     if torch.cuda.is_available():
-        found["torch reference, GPU"] = functools.partial(with_kernel, grid, num_masked, "reference", "cuda")
-        found["Triton kernel, GPU"] = triton = functools.partial(with_kernel, grid, num_masked, "triton", "cuda")
+        on_gpu = functools.partial(with_kernel, grid, num_masked, device="cuda")
+        found["torch reference, GPU"] = functools.partial(on_gpu, backend="reference")
+        found["Triton kernel, GPU"] = triton = functools.partial(on_gpu, backend="triton")
         for ours, expected in zip(triton(), with_kernel(grid, num_masked, "reference", "cpu"), strict=True):
             assert torch.equal(ours.cpu(), expected), "the kernel's masks are not the reference's"
     return found
@@ -95,18 +96,21 @@ def main() -> None:
     if not args.again and earlier(args.json):
         print(f"{args.json} has it; --again measures again")
         return
+
     torch.set_num_threads(1)
     rows = []
     for case, (grid, num_masked) in CASES.items():
         runs = ways(grid, num_masked)
         samples: dict[str, list[float]] = {name: [] for name in runs}
         for run in runs.values():
-            run()
+            run()  # compiles, where there is something to compile
+
         for _ in range(args.repeats):
             for name, run in runs.items():
                 began = time.perf_counter()
                 run()
                 samples[name].append((time.perf_counter() - began) * 1e3)
+
         baseline = statistics.median(samples["original's law in Python"])
         for name, values in samples.items():
             median = statistics.median(values)

@@ -34,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.child:
         return int(pytest.main([*MARKED, *args.options], plugins=[Recorder(args.json)]))
+
     with tempfile.TemporaryDirectory() as folder:
         path = args.json or Path(folder) / "correctness.json"
         before = None if args.again else earlier(path)
@@ -49,17 +50,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_child(path: Path, args: argparse.Namespace) -> bool:
     """Run what has no outcome yet; True where a test ended that before the others had their turn."""
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.speed.correctness",
-        "--child",
-        "--json",
-        str(path),
-        "--",
-        *args.options,
-    ]
-    child = subprocess.Popen(command)
+    command = [sys.executable, "-m", "benchmarks.speed.correctness", "--child", "--json", str(path), "--"]
+    child = subprocess.Popen([*command, *args.options])
     running, since = None, time.monotonic()
     while child.poll() is None:
         time.sleep(0.5)
@@ -96,6 +88,7 @@ def verdict(path: Path) -> int:
     failed = counts["failed"] or found["errors"] or found["status"] not in (0, pytest.ExitCode.NO_TESTS_COLLECTED)
     failed = failed or not (ran if needed else tests)
     save(path, found | {"counts": dict(counts)})
+
     parts = [f"{ran} ran", *(f"{counts[outcome]} {outcome}" for outcome in ("passed", "failed", "skipped"))]
     unread = f"{len(found['errors'])} files could not be read"
     print(f"GPU tests: {found.get('collected', 0)} found, {', '.join(parts)}; {unread}", flush=True)

@@ -26,6 +26,7 @@ from benchmarks.record import earlier, record, save
 from benchmarks.speed.train_step import write_tokenizer
 from cae_fast.commands.pretrain import make_inputs, micro_batches, prepare, take_step
 from cae_fast.config import PretrainConfig
+from cae_fast.files import replacing
 from cae_fast.training.distributed import World
 from cae_fast.training.inputs import inputs_ahead
 from cae_fast.training.optim import scheduled_lr
@@ -95,10 +96,12 @@ def train_path(path: str, seed: int, steps: int) -> list[float]:
     before = os.environ.get("CAE_KERNELS")
     if kernels is not None:
         os.environ["CAE_KERNELS"] = kernels
+
     try:
         with tempfile.TemporaryDirectory() as folder:
             config = settings(Path(folder), precision, seed, steps)
             job = prepare(config, World(), choose_device(config.train))
+
             losses = []
             with closing(micro_batches(job)) as batches:
                 for inputs, _ in inputs_ahead(batches, partial(make_inputs, job), job.run.device):
@@ -138,11 +141,9 @@ def verdict(found: dict[str, float]) -> int:
 
 
 def draw(curves: Curves, path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 6), layout="constrained")
-    FigureCanvasAgg(figure)
     losses, distance = figure.subplots(2, 1, sharex=True)
     truth = torch.tensor(curves["float32"])
     for (name, rows), color in zip(curves.items(), ("#22223b", "#e07a1f", "#1f77b4"), strict=True):
@@ -153,9 +154,8 @@ def draw(curves: Curves, path: Path) -> None:
     losses.set(ylabel="loss", title=f"mean of {len(truth)} seeds")
     distance.set(ylabel="distance from float32", xlabel="step", yscale="log")
     losses.legend(frameon=False)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    figure.savefig(temporary, format="png", dpi=110)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ a new process goes on behind it. `pytest benchmarks/speed/bench_ops.py` shows th
 import argparse
 import math
 import os
-import statistics
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.record import device_lost, earlier_rows, record, save, settled, start_again
-from benchmarks.speed.timing import copies_past_cache, copy_bandwidth, graphed, product_rate, time_ms
+from benchmarks.speed.timing import copies_past_cache, copy_bandwidth, graphed, middle, product_rate, time_ms
 from cae_kernels import (
     attention,
     bias_relu,
@@ -91,12 +90,14 @@ class Sizes:
         self.batch, self.patches, self.width, self.heads = SHAPES[self.name]
         self.label = f"{self.name} B={self.other_batch}" if self.other_batch else self.name
         self.batch = self.other_batch or self.batch
+
         self.half = self.patches // 2
         self.tokens, self.head = self.half + 1, self.width // self.heads
         self.codes = 8192 if self.name != "tiny" else 512
         self.element = torch.finfo(self.dtype).bits // 8
         self.stream = self.element * self.batch * self.tokens * self.width  # bytes of the encoder's tokens
         self.masked_stream = self.element * self.batch * self.half * self.width
+
         ids = torch.rand(self.batch, self.patches, device=self.device).argsort(1)
         self.visible_ids = ids[:, : self.half].sort(1).values
         self.masked_ids = ids[:, self.half :].sort(1).values
@@ -112,7 +113,12 @@ class Sizes:
 
     def case(self, op: str, run: Callable[..., Any], inputs: list[Tensor], *moved: int, kind: str = "") -> Case:
         return Case(
-            op, f"{self.label} {kind}".strip(), run, inputs, (moved[0], moved[-1]), forward_only=len(moved) == 1
+            op=op,
+            shape=f"{self.label} {kind}".strip(),
+            run=run,
+            inputs=inputs,
+            moved=(moved[0], moved[-1]),
+            forward_only=len(moved) == 1,
         )
 
 
@@ -140,22 +146,28 @@ def norm_cases(s: Sizes) -> Iterator[Case]:
     table = s.make(s.patches, s.width)
     norm = [s.rows(s.tokens), *s.vectors(2)]
     yield s.case("layer_norm", lambda x, w, b: layer_norm(x, w, b, EPS), norm, 2 * s.stream, 3 * s.stream)
+
     yield s.case(
         "residual_norm",
-        lambda x, y, g, w, b: residual_norm(x, y, g, None, (w, b), EPS),
+        lambda x, y, g, w, b: residual_norm(x, y, g, None, norm=(w, b), eps=EPS),
         [s.rows(s.tokens), s.rows(s.tokens), *s.vectors(3)],
         *(4 * s.stream, 6 * s.stream),
     )
+
+    # The regressor's: of masked patches queries, keys and values at once; of visible ones keys and values.
     yield s.case(
         "residual_norm",
-        lambda x, y, g, *w: residual_norm_qkv(x, y, g, None, table, s.masked_ids, w[:2], w[2:4], w[4:], EPS),
+        lambda x, y, g, *w: residual_norm_qkv(
+            x, y, g, None, pos_embed=table, ids=s.masked_ids, norm_q=w[:2], norm_k=w[2:4], norm_v=w[4:], eps=EPS
+        ),
         [s.rows(s.half), s.rows(s.half), *s.vectors(7)],
         *(6 * s.masked_stream, 8 * s.masked_stream),
         kind="qkv",
     )
+
     yield s.case(
         "residual_norm",
-        lambda x, *w: norm_qkv(x, table, s.visible_ids, None, w[:2], w[2:], EPS)[1:],
+        lambda x, *w: norm_qkv(x, table, s.visible_ids, norm_q=None, norm_k=w[:2], norm_v=w[2:], eps=EPS)[1:],
         [s.rows(s.half), *s.vectors(4)],
         *(3 * s.masked_stream, 4 * s.masked_stream),
         kind="kv",
@@ -166,7 +178,7 @@ def token_cases(s: Sizes) -> Iterator[Case]:
     positions, target = s.make(s.patches + 1, s.width), s.rows(s.half)
     yield s.case(
         "gather_tokens",
-        lambda patches, cls: gather_tokens(patches, s.visible_ids, s.masked_ids, cls, positions),
+        lambda patches, cls: gather_tokens(patches, s.visible_ids, s.masked_ids, cls, pos_embed=positions),
         [s.rows(s.patches), s.make(1, 1, s.width)],
         *(4 * s.stream, 3 * s.masked_stream),
     )
@@ -258,6 +270,7 @@ def checked(case: Case, name: str, truth: list[Tensor], device: torch.device) ->
     wrong = error(outputs_and_gradients(case, run, inputs), truth)
     if not wrong <= LIMITS[case.inputs[0].dtype]:
         raise ArithmeticError(f"error {wrong:.1e}; not timed")
+
     forwards: Passes = []
     backwards: Passes = []
     for copy in range(copies_past_cache(inputs, device)):
@@ -311,6 +324,7 @@ def table_row(row: dict, reference: dict, ceilings: dict[str, float]) -> str:
     start = f"{row['op']:20s} {row['shape']:19s} {row['backend']:15s}"
     if "failed" in row:
         return f"{start} FAILED: {row['failed']}"
+
     cells = [f"error {row['error']:.0e}"]
     total = 0.0
     for key, moved, flops in zip(("forward", "backward"), row["moved"], row["flops"], strict=True):
@@ -325,17 +339,11 @@ def table_row(row: dict, reference: dict, ceilings: dict[str, float]) -> str:
             f"{key} {median:8.3f} ms +-{spread:3.0%}{eager} {rate / 1e9:5.0f} GB/s {rate / ceilings['copy']:4.0%} "
             f"of copy {flops / median / 1e9:4.0f} TFLOP/s {ratio:5.2f}x"
         )
+
     cells.append(f"floor {floor_ms(row, ceilings) / total:4.0%}")
     if "peak_bytes" in row:
         cells.append(f"{row['peak_bytes'] / 1e6:.0f} MB")
     return f"{start} {'  '.join(cells)}"
-
-
-def middle(samples: list[float]) -> tuple[float, float]:
-    """Median, and half the distance of the 10th and 90th percentile as a share of it."""
-    tenths = statistics.quantiles(samples, n=10)
-    median = statistics.median(samples)
-    return median, (tenths[-1] - tenths[0]) / 2 / median
 
 
 def floor_ms(row: dict, ceilings: dict[str, float]) -> float:
@@ -366,18 +374,21 @@ def main(argv: list[str] | None = None) -> int:
         torch.cuda.set_stream(torch.cuda.Stream())  # graphs are captured where the forward passes ran
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     shapes = args.shapes or (["ViT-B", "ViT-L", "ViT-H"] if device.type == "cuda" else ["tiny"])
+
+    # What every row is held against, measured in the same run.
     ceilings = {"copy": copy_bandwidth(device, args.seconds), "product": product_rate(device, args.seconds)}
     print(
         f"{dtype}, copy {ceilings['copy'] / 1e9:.0f} GB/s, product {ceilings['product'] / 1e12:.2f} TFLOP/s; "
         "ratios are to the plain torch reference"
     )
+
     rows = earlier_rows(args.json, KEY)
     for shape, batch in product(shapes, args.batches or [0]):
         torch.manual_seed(0)
         for case in cases(Sizes(shape, device, dtype, batch)):
             names = backends(case.op, device) if args.k in case.op else []
             wanted = [name for name in names if args.again or not settled(rows, (case.op, case.shape, name))]
-            for row in compare(case, wanted, device, args.seconds, ceilings):
+            for row in compare(case, wanted, device, args.seconds, ceilings=ceilings):
                 rows[case.op, case.shape, row["backend"]] = row
                 print(table_row(row, rows.get((case.op, case.shape, "reference"), row), ceilings), flush=True)
                 if args.json:
@@ -399,7 +410,7 @@ def compare(
     flops = count_flops(case)
     for name in names:
         torch.compiler.reset()
-        yield measure(case, name, truth, device, seconds) | {"flops": flops, "ceilings": ceilings}
+        yield measure(case, name, truth, device, seconds=seconds) | {"flops": flops, "ceilings": ceilings}
 
 
 if __name__ == "__main__":

@@ -131,6 +131,7 @@ class Encoder(nn.Module):
         """images: (B, 3, S, S); skipped: boolean (B, N), the patches that are left out. Returns (B, n + 1, D)."""
         patches = self.patch_embed.proj(images).flatten(2).transpose(1, 2)  # (B, N, D)
         batch, _, width = patches.shape
+
         chosen = patches[~skipped].reshape(batch, -1, width)
         tokens = torch.cat((self.cls_token.expand(batch, -1, -1), chosen), 1)
         position = self.pos_embed.expand(batch, -1, -1)
@@ -206,6 +207,7 @@ class OriginalCAE(nn.Module):
         with torch.no_grad():
             self.update_alignment_encoder()
             target = self.alignment_encoder(images, ~masked)[:, 1:]  # (B, Nm, D)
+
         batch, _, width = visible.shape
         position = self.regressor_pos_embed.expand(batch, -1, -1)[:, 1:]
         masked_position = position[masked].reshape(batch, -1, width)
@@ -294,6 +296,7 @@ class OriginalStep:
         value, main_value, alignment_value = loss.item(), main.item(), alignment.item()
         if not math.isfinite(value):
             raise FloatingPointError(f"the original step's loss is {value}")
+
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         with torch.profiler.record_function("optimizer"):

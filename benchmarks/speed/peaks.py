@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,11 +34,20 @@ from benchmarks.record import earlier_rows, record, save, settled
 from benchmarks.speed.timing import copies_past_cache, copy_bandwidth, graphed, time_ms
 from cae_fast.models.dalle import NUM_GROUPS, DalleEncoder
 
-# batch, patches, width, depth, codes, width of the tokenizer
+
+class Model(NamedTuple):
+    batch: int
+    patches: int
+    width: int
+    depth: int
+    codes: int = 8192
+    tokenizer_width: int = 256
+
+
 MODELS = {
-    "ViT-L": (256, 196, 1024, 24, 8192, 256),
-    "ViT-H": (128, 256, 1280, 32, 8192, 256),
-    "tiny": (2, 16, 96, 2, 512, 8),
+    "ViT-L": Model(batch=256, patches=196, width=1024, depth=24),
+    "ViT-H": Model(batch=128, patches=256, width=1280, depth=32),
+    "tiny": Model(batch=2, patches=16, width=96, depth=2, codes=512, tokenizer_width=8),
 }
 CUBE = {"cuda": 8192, "cpu": 256}
 
@@ -68,6 +77,8 @@ class Shape:
 
 def shapes(model: str) -> Iterator[Shape]:
     batch, patches, width, depth, codes, tokenizer_width = MODELS[model]
+
+    # Of the encoder, with visible patches and the class token, and the decoder's head.
     rows = batch * (patches // 2 + 1)
     layers = {"qkv": (3 * width, width), "proj": (width, width), "fc1": (4 * width, width), "fc2": (width, 4 * width)}
     linears = [(name, (rows, *size), depth) for name, size in layers.items()]
@@ -75,12 +86,13 @@ def shapes(model: str) -> Iterator[Shape]:
     for name, size, count in linears:
         forward = count if name == "head" else 2 * count  # the target pass has no backward pass
         for direction, times in (("forward", forward), ("d-input", count), ("d-weight", count)):
-            yield Shape("linear", model, name, direction, size, times)
+            yield Shape("linear", model, name, direction, size=size, count=times)
 
     side = 8 * math.isqrt(patches)
     for (before, after, kernel, level), count in convolutions(tokenizer_width).items():
         size = batch, before, after, kernel, side >> level
-        yield Shape("convolution", model, f"{before} to {after}, {kernel}x{kernel}", f"{side >> level} px", size, count)
+        layer = f"{before} to {after}, {kernel}x{kernel}"
+        yield Shape("convolution", model, layer, f"{side >> level} px", size=size, count=count)
 
 
 def convolutions(width: int) -> Counter[tuple[int, int, int, int]]:
@@ -109,6 +121,7 @@ def operands(shape: Shape, device: torch.device) -> tuple[Callable[..., Tensor],
         x = make(batch, before, side, side).to(memory_format=torch.channels_last)
         w = make(after, before, kernel, kernel).to(memory_format=torch.channels_last)
         return partial(F.conv2d, padding=kernel // 2), [x, w]
+
     rows, out, features = shape.size
     if shape.direction == "forward":
         return lambda x, w: x @ w.t(), [make(rows, features), make(out, features)]
@@ -164,8 +177,8 @@ def main(argv: list[str] | None = None) -> int:
         torch.cuda.set_stream(torch.cuda.Stream())  # graphs are captured where the calls ran
     torch.manual_seed(0)
 
-    cube = Shape("cube", "", "cube", "forward", (CUBE[device.type],) * 3, 1)
-    copy = Shape("copy", "", "copy", "", (), 1)
+    cube = Shape("cube", "", "cube", "forward", size=(CUBE[device.type],) * 3, count=1)
+    copy = Shape("copy", "", "copy", "", size=(), count=1)
     rows = earlier_rows(args.json, ("kind", "model", "layer", "direction"))
     for shape in [copy, cube, *(each for model in args.models for each in shapes(model))]:
         if settled(rows, shape.key) and not args.again:
@@ -178,6 +191,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.json:
             done = list(rows.values())
             save(args.json, record("peaks", rates=rates(done), rows=done))
+
     for name, value in rates(list(rows.values())).items():
         print(f"{name}: {value / 1e12:.2f} {'TB/s' if name == 'copy' else 'TFLOP/s'}")
     return 0

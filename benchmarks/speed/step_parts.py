@@ -41,6 +41,7 @@ def step_parts(trace: dict[str, Any], steps: int) -> dict[str, Any]:
     for name, part, microseconds in ((name, part, duration) for name, part, _, duration in pieces):
         parts[part] += microseconds / 1e3 / steps
         names[name, part].append(microseconds / 1e3 / steps)
+
     spans = [(start, start + duration) for _, _, start, duration in pieces]
     largest = sorted(names.items(), key=lambda item: -sum(item[1]))[:12]
     return {
@@ -78,6 +79,8 @@ def cpu_pieces(events: list[dict[str, Any]]) -> list[Piece]:
     for event in events:
         if event.get("cat") == "cpu_op":
             threads[event.get("tid")].append(event)
+
+    # Sorted by their start, the ops that are still open are those around the next one.
     pieces = []
     for ops in threads.values():
         inner = {id(op): 0.0 for op in ops}

@@ -56,6 +56,7 @@ def graphed(runs: Sequence[Callable[[], Any]], device: torch.device) -> tuple[li
     for run in runs:
         for _ in range(2):
             run()
+
     # Backward passes run on the stream of their forward pass, so that one is captured: it must not be the default one.
     stream = torch.cuda.current_stream()
     replays: list[Callable[[], Any]] = []
@@ -69,6 +70,13 @@ def graphed(runs: Sequence[Callable[[], Any]], device: torch.device) -> tuple[li
         torch.cuda.synchronize()
         return list(runs), f"eager ({str(error).splitlines()[0][:80]})"
     return replays, "graph"
+
+
+def middle(samples: list[float]) -> tuple[float, float]:
+    """Median, and half the distance of the 10th and 90th percentile as a share of it."""
+    tenths = statistics.quantiles(samples, n=10)
+    median = statistics.median(samples)
+    return median, (tenths[-1] - tenths[0]) / 2 / median
 
 
 def copy_bandwidth(device: torch.device, seconds: float) -> float:

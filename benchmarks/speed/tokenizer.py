@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write raw samples here, after every row")
     parser.add_argument("--again", action="store_true", help="measure also what the file has")
     args = parser.parse_args()
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     size = 8 * args.grid
@@ -44,9 +45,11 @@ def main() -> None:
     order = torch.rand(args.batch, args.grid**2, device=device).argsort(1)
     masked_ids = order[:, : args.grid**2 // 2].sort(1).values  # (B, Nm)
     encoder = DalleEncoder(args.width).eval().requires_grad_(False).to(device)
+
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     print(f"{name}, torch {torch.__version__}, batch {args.batch}, {size} px")
     print(f"{'':38s}{'ms':>9s}{'img/s':>9s}{'GFLOP':>8s}{'GB':>8s}{'peak':>8s}{'agree':>9s}")
+
     settings = {"batch": args.batch, "grid": args.grid, "width": args.width}
     rows = earlier_rows(args.json, ("name",), **settings)
     first = None
@@ -56,6 +59,7 @@ def main() -> None:
         row, codes = measure(run, images, masked_ids, args.steps)
         first = codes if first is None else first  # measured in every run: the others' codes are held against it
         row["agree"] = (codes == first).float().mean().item()
+
         text = f"{label:38s}{row['ms']:9.2f}{row['images_per_second']:9.0f}{row['gflop']:8.2f}{row['gb']:8.2f}"
         peak = "-" if row["peak_gb"] is None else f"{row['peak_gb']:.2f}"
         print(f"{text}{peak:>8s}{row['agree']:9.3%}", flush=True)
@@ -90,6 +94,7 @@ def variants(encoder: DalleEncoder, device: torch.device, compile: bool) -> list
     rows.append((f"{str(best).removeprefix('torch.')}, channels_last", all_logits(best, torch.channels_last)))
     rows.append(("+ last layer at masked positions only", DalleTokenizer(copied(encoder), None, device).encode))
     rows = [(label, with_torch_passes(run)) for label, run in rows]
+
     if backend("bias_relu", encoder.input.weight) == "triton":
         rows.append(("+ fused bias, ReLU, residual, pooling", DalleTokenizer(copied(encoder), None, device).encode))
     if compile:
@@ -119,6 +124,7 @@ def measure(run: Encode, images: Tensor, masked_ids: Tensor, steps: int) -> tupl
     codes = run(images, masked_ids)  # also compiles
     cuda = images.device.type == "cuda"
     seconds, peak = [], None
+
     if cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -131,8 +137,11 @@ def measure(run: Encode, images: Tensor, masked_ids: Tensor, steps: int) -> tupl
         seconds.append(time.perf_counter() - began)
     if cuda:
         peak = (torch.cuda.max_memory_allocated() - before) / 1e9
+
+    # In a run of its own, not timed: counting takes time.
     with FlopCounterMode(display=False) as counter, ConvolutionBytes() as moved:
         run(images, masked_ids)
+
     typical = statistics.median(seconds)
     row = {"ms": typical * 1e3, "images_per_second": len(images) / typical, "peak_gb": peak}
     row["samples_ms"] = [second * 1e3 for second in seconds]

@@ -39,6 +39,7 @@ class TorchAdamW:
             torch._foreach_copy_(self.float32, gradients)
             gradients = self.float32
 
+        # A call for each weight decay: the kernel takes one.
         for decay in dict.fromkeys(state.weight_decays):
             own = [index for index, value in enumerate(state.weight_decays) if value == decay]
             masters, grads, exp_avg, exp_avg_sq, steps = (
@@ -50,8 +51,8 @@ class TorchAdamW:
                 grads,
                 exp_avg,
                 exp_avg_sq,
-                [],
-                steps,
+                max_exp_avg_sqs=[],
+                state_steps=steps,
                 fused=True,
                 grad_scale=scale,
                 found_inf=skipped,
@@ -63,6 +64,7 @@ class TorchAdamW:
                 eps=engine.eps,
                 maximize=False,
             )
+
         if self.copies:
             torch._foreach_copy_(state.weights, state.masters)
         return self._cleared(norm, skipped)

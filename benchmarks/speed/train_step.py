@@ -36,7 +36,7 @@ from contextlib import closing
 from functools import partial, wraps
 from itertools import cycle, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -44,7 +44,7 @@ from PIL import Image
 from benchmarks.record import earlier_rows, record, save, settled
 from benchmarks.speed.original_step import OriginalStep, boolean_mask
 from benchmarks.speed.step_parts import PARTS, step_parts
-from benchmarks.speed.timing import copy_bandwidth, product_rate
+from benchmarks.speed.timing import copy_bandwidth, middle, product_rate
 from benchmarks.speed.torch_adamw import TorchAdamW
 from cae_fast.commands.pretrain import Job, make_inputs, micro_batches, prepare, take_step
 from cae_fast.config import PretrainConfig
@@ -59,12 +59,21 @@ from cae_fast.training.setup import choose_device
 
 VARIANTS = ("ours", "compiled", "original", "reference", "ours-compiled", "ours-compiled-graphs")
 KEY = ("model", "variant", "batch", "data")
-# size, image side, batch, width of the tokenizer, codes
+
+
+class Model(NamedTuple):
+    size: str
+    batch: int
+    image_size: int = 224
+    tokenizer_width: int = 256
+    codes: int = 8192
+
+
 MODELS = {
-    "ViT-B": ("base", 224, 256, 256, 8192),
-    "ViT-L": ("large", 224, 256, 256, 8192),
-    "ViT-H": ("huge", 224, 128, 256, 8192),
-    "tiny": ("tiny", 32, 8, 8, 512),
+    "ViT-B": Model("base", batch=256),
+    "ViT-L": Model("large", batch=256),
+    "ViT-H": Model("huge", batch=128),
+    "tiny": Model("tiny", batch=8, image_size=32, tokenizer_width=8, codes=512),
 }
 LR = 1e-4
 PROFILED = 3
@@ -75,16 +84,18 @@ def main(argv: list[str] | None = None) -> int:
     if args.child:
         print(json.dumps(measure_variant(json.loads(args.child))))
         return 0
+
     models = ["tiny"] if args.tiny else args.models
     rows, failed = earlier_rows(args.json, KEY), False
     with tempfile.TemporaryDirectory() as folder:
         for model in models:
             tokenizer = str(write_tokenizer(Path(folder), model))
             for variant in args.variants:
-                batch = args.batch or MODELS[model][2]
+                batch = args.batch or MODELS[model].batch
                 key = model, variant, batch, args.data or "synthetic"
                 if settled(rows, key) and not args.again and (not args.largest or "largest_batch" in rows[key]):
                     continue
+
                 asked = {"model": model, "variant": variant, "batch": batch, "tokenizer": tokenizer, "folder": folder}
                 asked |= {"data": args.data, "warmup": args.warmup, "steps": args.steps, "largest": args.largest}
                 rows[key] = in_own_process(asked, args.limit)
@@ -92,6 +103,7 @@ def main(argv: list[str] | None = None) -> int:
                 print(table_row(rows[key]), flush=True)
                 if args.json:
                     save(args.json, record("train_step", rows=list(rows.values())))
+
     print_ratios(list(rows.values()))
     return 1 if failed else 0
 
@@ -136,13 +148,12 @@ def in_own_process(asked: dict[str, Any], limit: float) -> dict[str, Any]:
 
 def write_tokenizer(folder: Path, model: str) -> Path:
     """A tokenizer file with random weights."""
-    _, _, _, width, codes = MODELS[model]
+    width, codes = MODELS[model].tokenizer_width, MODELS[model].codes
     path = folder / f"tokenizer-{width}-{codes}.safetensors"
     if not path.exists():
         torch.manual_seed(0)
-        state = {
-            f"encoder.{name}": tensor for name, tensor in DalleEncoder(width, num_codes=codes).state_dict().items()
-        }
+        weights = DalleEncoder(width, num_codes=codes).state_dict()
+        state = {f"encoder.{name}": tensor for name, tensor in weights.items()}
         write_safetensors(path, state, {"format": "pt", "cae_fast": json.dumps({"kind": "dalle"})})
     return path
 
@@ -154,11 +165,13 @@ def measure_variant(asked: dict[str, Any]) -> dict[str, Any]:
     name_kernels()
     facts = describe(job)
     ceilings = {"copy": copy_bandwidth(device, 0.1), "product": product_rate(device, 0.1)}
+
     steps_of = make_steps(job, asked["variant"])
     total = asked["warmup"] + asked["steps"] + PROFILED
     batches = micro_batches(job) if asked["data"] else synthetic(job, asked["batch"], total)
     with closing(batches), closing(steps_of(batches)) as steps:
         row = measure(steps, device, asked["warmup"], asked["steps"])
+
     median = statistics.median(row["step_ms"])
     row["idle_ms"] = max(median - row["profile"]["busy"], 0.0)
     row["images_per_second"] = asked["batch"] / median * 1e3
@@ -173,17 +186,19 @@ def measure_variant(asked: dict[str, Any]) -> dict[str, Any]:
 
 def make_job(asked: dict[str, Any]) -> Job:
     """The job of `cae-fast pretrain` for this model."""
-    size, side, _, _, _ = MODELS[asked["model"]]
+    model = MODELS[asked["model"]]
     batch, folder = asked["batch"], Path(asked["folder"])
     config = PretrainConfig()
-    config.model.size, config.model.image_size = size, side
-    if size == "tiny":
+    config.model.size, config.model.image_size = model.size, model.image_size
+    if model.size == "tiny":
         config.model.depth = config.model.regressor_depth = config.model.decoder_depth = 2
     config.target.kind, config.target.tokenizer = "codes", asked["tokenizer"]
     config.target.compile = "compiled" in asked["variant"]
+
     config.data.path = asked["data"] or str(small_images(folder / f"images-{batch}", batch))
     config.data.backend = "auto" if asked["data"] else "cpu"
     config.optim.epochs, config.optim.warmup_epochs = 1_000_000, 1
+
     config.train.run_dir = str(folder / f"run-{asked['model']}-{asked['variant']}")
     config.train.resume = "never"
     config.train.global_batch_size = batch
@@ -294,6 +309,8 @@ def measure(steps: Iterator[Any], device: torch.device, warmup: int, count: int)
     if cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
+
+    # The device's own clock where there is one: no step waits for the host.
     marks = [mark(cuda)]
     for _ in range(count):
         metrics = next(steps)
@@ -303,6 +320,8 @@ def measure(steps: Iterator[Any], device: torch.device, warmup: int, count: int)
         times = [first.elapsed_time(last) for first, last in pairwise(marks)]
     else:
         times = [(last - first) * 1e3 for first, last in pairwise(marks)]
+
+    # Steps of their own, after those that are timed: a profiler slows them.
     activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * cuda
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         peak = torch.cuda.max_memory_allocated() if cuda else None
@@ -355,10 +374,9 @@ def table_row(row: dict[str, Any]) -> str:
     start = f"{row['model']:6s} B={row['batch']:<4d} {row['variant']:10s}"
     if "failed" in row:
         return f"{start} FAILED: {row['failed']}"
-    tenths, median = statistics.quantiles(row["step_ms"], n=10), statistics.median(row["step_ms"])
-    cells = [
-        f"{median:9.2f} ms +-{(tenths[-1] - tenths[0]) / 2 / median:3.0%} {row['images_per_second']:7.0f} images/s"
-    ]
+
+    median, spread = middle(row["step_ms"])
+    cells = [f"{median:9.2f} ms +-{spread:3.0%} {row['images_per_second']:7.0f} images/s"]
     if row["mfu_all"] is not None:
         cells.append(f"MFU {row['mfu_model']:.1%} / {row['mfu_all']:.1%}")
     if row["peak_bytes"] is not None:
@@ -371,9 +389,8 @@ def table_row(row: dict[str, Any]) -> str:
 
 def print_ratios(rows: list[dict[str, Any]]) -> None:
     for model in dict.fromkeys(row["model"] for row in rows):
-        done = {
-            row["variant"]: row["images_per_second"] for row in rows if row["model"] == model and "failed" not in row
-        }
+        own = [row for row in rows if row["model"] == model and "failed" not in row]
+        done = {row["variant"]: row["images_per_second"] for row in own}
         if "ours" in done:
             others = (f"{done['ours'] / speed:.2f}x {name}" for name, speed in done.items() if name != "ours")
             print(f"{model}: ours is {', '.join(others) or 'alone'}")

@@ -32,8 +32,6 @@ from cae_kernels import random_mask
 
 DALLE_CLASSES = ("dall_e.", "torch.nn.modules.")
 VERIFY_GRID, VERIFY_BATCH = 14, 16
-
-
 DALLE_HELP = """The discrete VAE of DALL-E, as OpenAI publishes it (pickled modules) or as other toolboxes do (state
 dicts in .pth files; an encoder alone is enough to pretrain), as one file for target.tokenizer."""
 
@@ -63,14 +61,17 @@ def convert_dalle(args: argparse.Namespace) -> int:
         raise UserError(f"{out}: the last argument is the file to write and ends in .safetensors")
     if len(args.files) > 2:
         raise UserError(f"{len(args.files)} files to read: give the encoder, or the encoder and the decoder")
+
     state, sources = {}, {}
-    for part, file in zip(("encoder", "decoder"), args.files, strict=False):
+    for part, file in zip(("encoder", "decoder")[: len(args.files)], args.files, strict=True):
         for name, tensor in read_dalle(Path(file), part).items():
             state[f"{part}.{name}"] = tensor
         sources[part] = {"file": Path(file).name, "sha256": file_sha256(file)}
+
     tokenizer = make_tokenizer(state, args.files)
     facts = {"kind": "dalle", "sizes": sizes(tokenizer), "sources": sources, "version": __version__}
     write_safetensors(out, state, facts)
+
     for part, source in sources.items():
         print(f"{part}: {source['file']}, SHA-256 {source['sha256']}")
     print(f"{out}: {json.dumps(facts['sizes'])}, SHA-256 {file_sha256(out)}")
@@ -125,12 +126,23 @@ def verify(state: dict[str, Tensor], images: str) -> None:
     encoder = {name: tensor for name, tensor in state.items() if name.startswith("encoder.")}
     half, full = (dalle_tokenizer(encoder, device, dtype) for dtype in (torch.float16, torch.float32))
     agreed = total = 0
+
+    # The crops are those of pretraining, by its own plan and loader.
     with tempfile.TemporaryDirectory() as folder:
         data = DataConfig()
         index = build_index(resolve_data_path(images), Path(folder) / "images.index", data.max_pixels)
         batch = min(VERIFY_BATCH, len(index))
-        crops = (data.crop_scale, data.crop_ratio, data.horizontal_flip)
-        plan = SamplingPlan(len(index), index.heights, index.widths, batch, 0, *crops)
+        plan = SamplingPlan(
+            num_samples=len(index),
+            heights=index.heights,
+            widths=index.widths,
+            global_batch_size=batch,
+            seed=0,
+            crop_scale=data.crop_scale,
+            crop_ratio=data.crop_ratio,
+            horizontal_flip=data.horizontal_flip,
+        )
+
         loader = pretrain_loader(
             index,
             plan,
@@ -145,6 +157,7 @@ def verify(state: dict[str, Tensor], images: str) -> None:
             num_workers=resolve_num_workers(None, 1),
             pin_memory=False,
         )
+
         ids = torch.arange(VERIFY_GRID**2, device=device).expand(batch, -1)  # (B, N)
         with closing(loader):
             for crop in loader:

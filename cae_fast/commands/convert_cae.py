@@ -35,6 +35,7 @@ from cae_fast.models.weight_names import LEFT_OUT, encoder_for_timm, encoder_par
 ORIGINAL = {"original": "Atten4Vis/CAE", "original-lxtgh": "lxtGH/CAE"}
 ENCODER_COPY = {"original": "alignment_encoder.", "original-lxtgh": "teacher."}
 WHOLE = ("model", *ORIGINAL)
+SUFFIXES = {"model": (".safetensors",), "encoder": (".safetensors",), "huggingface": ("",)}
 PUBLISHED_HEADS = 12
 ENCODER_SIZES = ("image_size", "patch_size", "embed_dim", "depth", "num_heads")
 DECODER_SIZES = ("decoder_embed_dim", "decoder_num_heads", "regressor_depth", "decoder_depth")
@@ -79,26 +80,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def convert_cae(args: argparse.Namespace) -> int:
     path, out = Path(args.file), Path(args.out)
     facts, state, layout = read_cae(path)
+
+    # What is asked for must be in the file, and OUT must be of its kind.
     whole = "mask_token" in state
     to = args.to or ("model" if whole else "encoder")
     if to in WHOLE and not whole:
         raise UserError(
             f"--to {to} needs a whole model; {path} holds an encoder alone: --to encoder, beit, huggingface"
         )
-    suffixes = {"model": (".safetensors",), "encoder": (".safetensors",), "huggingface": ("",)}
-    if out.suffix not in suffixes.get(to, (".safetensors", ".pth")):
-        raise UserError(
-            f"{out}: --to {to} writes {' or '.join(suffixes.get(to, ('.safetensors', '.pth'))) or 'a folder'}"
-        )
-    model = describe(path, state, facts, layout, args)
+    suffixes = SUFFIXES.get(to, (".safetensors", ".pth"))
+    if out.suffix not in suffixes:
+        raise UserError(f"{out}: --to {to} writes {' or '.join(suffixes) or 'a folder'}")
+
+    # What the header says must be a model that the weights fill.
+    model = describe(path, state, facts, layout, args=args)
     facts = facts | {"config": facts.get("config", {}) | {"model": model}, "version": __version__}
     shape = check(path, state, facts)
     facts["source"] = {"file": path.name, "sha256": file_sha256(path), "layout": layout}
-    print(
-        f"{path}: {'whole model' if whole else 'encoder'} in the names of {layout}, SHA-256 {facts['source']['sha256']}"
-    )
+
+    kind = "whole model" if whole else "encoder"
+    print(f"{path}: {kind} in the names of {layout}, SHA-256 {facts['source']['sha256']}")
     print(", ".join(f"{name} {getattr(shape, name)}" for name in (*ENCODER_SIZES, *(DECODER_SIZES if whole else ()))))
-    write(out, to, state, facts, shape)
+    write(out, to, state, facts, shape=shape)
     print(f"{out}: written as {to}")
     return 0
 
@@ -109,6 +112,7 @@ def read_cae(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], str]:
     state, layout = to_ours(raw)
     if "encoder.patch_embed.proj.weight" not in state or "encoder.pos_embed" not in state:
         raise UserError(f"{path}: no CAE and no encoder with positions; its weights are {', '.join(list(raw)[:3])} ...")
+
     dropped = [name for name in raw if name.removeprefix("module.").startswith(LEFT_OUT)]
     if "mask_token" not in state:
         dropped += [name for name in state if not name.startswith("encoder.")]
@@ -116,6 +120,8 @@ def read_cae(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], str]:
     if dropped:
         parts = sorted({f"{name.removeprefix('module.').split('.')[0]}.*" for name in dropped})
         print(f"{path}: {', '.join(parts)} left out: copies of the encoder, or no part of a CAE")
+
+    # Layouts that leave out the regressor's positions compute them: the encoder's law at the regressor's width.
     state = {name: tensor.float() for name, tensor in state.items()}
     if "mask_token" in state and "regressor_pos_embed" not in state:
         positions, width = state["encoder.pos_embed"], state["mask_token"].shape[-1]
@@ -131,19 +137,20 @@ def describe(
     """The fields of ModelConfig, from the header of a file of ours, else from shapes and the given heads."""
     if "model" in facts.get("config", {}) and args.num_heads is args.decoder_num_heads is None:
         return facts["config"]["model"]
+
     patch = state["encoder.patch_embed.proj.weight"].shape[-1]
     model: dict[str, Any] = {
         "image_size": math.isqrt(state["encoder.pos_embed"].shape[1] - 1) * patch,
         "patch_size": patch,
         "embed_dim": state["encoder.cls_token"].shape[-1],
         "depth": count_blocks(state, "encoder"),
-        "num_heads": find_heads(path, state, "encoder", layout, "--num-heads", args.num_heads),
+        "num_heads": find_heads(path, state, "encoder", layout, flag="--num-heads", given=args.num_heads),
     }
     if "mask_token" in state:
-        flag = "--decoder-num-heads"
+        given = args.decoder_num_heads
         model |= {
             "decoder_embed_dim": state["mask_token"].shape[-1],
-            "decoder_num_heads": find_heads(path, state, "regressor", layout, flag, args.decoder_num_heads),
+            "decoder_num_heads": find_heads(path, state, "regressor", layout, flag="--decoder-num-heads", given=given),
             "regressor_depth": count_blocks(state, "regressor"),
             "decoder_depth": count_blocks(state, "decoder"),
         }
@@ -195,6 +202,7 @@ def write(out: Path, to: str, state: dict[str, Tensor], facts: dict[str, Any], s
         write_safetensors(out / "model.safetensors", encoder_for_timm(state), facts)
         write_folder(out, state, facts, shape)
         return
+
     if to == "encoder":
         state = encoder_for_timm(state)
     elif to == "beit":
@@ -204,6 +212,7 @@ def write(out: Path, to: str, state: dict[str, Tensor], facts: dict[str, Any], s
     if out.suffix == ".safetensors":
         write_safetensors(out, state, facts)
         return
+
     # The original's strict loading wants its copies of the encoder; they share its bytes.
     copies = {n: t for n, t in state.items() if to in ORIGINAL and n.startswith("encoder.")}
     state = state | {ENCODER_COPY[to] + name.removeprefix("encoder."): tensor for name, tensor in copies.items()}
@@ -215,6 +224,8 @@ def write_folder(out: Path, state: dict[str, Tensor], facts: dict[str, Any], sha
     """config.json for timm and a model card, beside the weights."""
     data = facts["config"].get("data", {})
     mean, std = data.get("mean", DataConfig().mean), data.get("std", DataConfig().std)
+
+    # Any ViT of timm will do as the architecture: model_args replace all its sizes.
     sizes = {name: getattr(shape, name) for name in ENCODER_SIZES}
     side = sizes.pop("image_size")
     config = {
@@ -235,6 +246,7 @@ def write_folder(out: Path, state: dict[str, Tensor], facts: dict[str, Any], sha
         },
     }
     write_text(out / "config.json", json.dumps(config, indent=2) + "\n")
+
     text = CARD.format(
         version=__version__,
         parameters=sum(tensor.numel() for tensor in encoder_part(state).values()),

@@ -70,9 +70,9 @@ def _driver() -> str:
     except subprocess.TimeoutExpired:
         return "nvidia-smi gave no answer in 20 seconds"
     versions = done.stdout.split()
-    return (
-        versions[0] if done.returncode == 0 and versions else f"nvidia-smi failed: {done.stdout or done.stderr}".strip()
-    )
+    if done.returncode == 0 and versions:
+        return versions[0]
+    return f"nvidia-smi failed: {done.stdout or done.stderr}".strip()
 
 
 def _packages() -> list[tuple[str, str]]:

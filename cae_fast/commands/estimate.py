@@ -57,15 +57,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     config = load_run_config(PretrainConfig, args)
     _check_arguments(args)
+
     device = _measured(DEVICES[args.device], args.measured)
     work = workload(config, args.images, args.data_rate)
     stages = STAGES if len(args.gpus) == 1 else (args.zero,)
     pairs = [(gpus, stage if gpus > 1 else 0) for gpus in args.gpus for stage in stages]  # one GPU needs no ZeRO
     rows = [estimate(work, device, gpus, stage) for gpus, stage in dict.fromkeys(pairs)]
+
     notes = assumptions(work, device)
     if config.target.kind == "codes" and not config.target.tokenizer:
         notes.append("target.tokenizer is empty: DALL-E's encoder at its published size")
-    show(work, device, rows, notes, args.markdown)
+    show(work, device, rows, notes, markdown=args.markdown)
     if args.json:
         facts = {"config": asdict(config), "workload": asdict(work), "device": asdict(device), "assumptions": notes}
         write_text(Path(args.json), json.dumps(facts | {"estimates": [asdict(row) for row in rows]}, indent=1))
@@ -112,11 +114,13 @@ def workload(config: PretrainConfig, images: int, data_rate: float | None) -> Wo
     batch, workers = config.train.global_batch_size, config.data.num_workers
     if images < batch:
         raise UserError(f"--images={images}: fewer than train.global_batch_size={batch}")
+
     with torch.device("meta"):
         model = make_model(config, targets)
     parts = forward_flops(model, masked)
     weights, working = targets_bytes(targets, model, masked)
     target_values = masked * (8 if model.predict_codes else 4 * model.decoder.head.out_features)
+
     return Workload(
         parameters=sum(p.numel() for p in model.parameters()),
         tensors=len(list(model.parameters())),
@@ -157,6 +161,8 @@ def show(work: Workload, device: Device, rows: list[Estimate], notes: list[str],
     print(f"Activations, MB an image: {parts}; in all {work.activations.per_image / 1e6:.1f}, with checkpointing "
           f"{work.checkpointed.per_image / 1e6:.1f}; beside them {work.working / 1e6:.1f}.")  # fmt: skip
     print(f"Targets: {work.targets_weights / 1e9:.2f} GB of weights, {work.targets_working / 1e6:.1f} MB an image.\n")
+
+    # On one number of GPUs the rows are ZeRO stages, which differ in memory, too.
     if len({row.gpus for row in rows}) == 1:
         _table("GB on one GPU", [_memory(row) for row in rows], markdown)
     _table("time", [_time(row) for row in rows], markdown)

@@ -33,14 +33,14 @@ def run(args: argparse.Namespace) -> int:
     source = find_source(args.source)
     out = Path(args.out) if args.out else Path(f"{source.name or 'root'}.index")
     index = build_index(source, out, args.max_pixels)
+
     print(f"{out}: {len(index):,} images, {int(index.sizes.sum()):,} bytes, in {source}")
     if index.classes:
         sizes = np.bincount(index.labels[index.labels >= 0], minlength=len(index.classes))
         print(f"classes: {len(index.classes):,}, of {sizes.min():,} to {sizes.max():,} images")
     else:
         print("classes: none (no subfolders)" if index.shard_starts is None else "classes: none (no labels)")
-    print(
-        f"bad files: {index.num_bad:,}" + (f", listed with the reasons in {index.bad_files}" if index.num_bad else "")
-    )
+    listed = f", listed with the reasons in {index.bad_files}" if index.num_bad else ""
+    print(f"bad files: {index.num_bad:,}{listed}")
     print(f"use it with data.index={out}")
     return 0

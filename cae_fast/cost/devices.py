@@ -4,7 +4,7 @@ FLOPs are 2 per multiply-add; bytes of a copy are those read and those written.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # Dense bf16 matrix throughput in FLOP/s (NVIDIA's data sheets; half of the figures given "with sparsity").
 # The first name found as a whole word in the device's name counts.
@@ -57,10 +57,31 @@ class Device:
 # 8192-cube reaches 798, but a step has no such product. convolutions: 45 %. copy: 78 % of the data sheet's 3.35 TB/s,
 # as kernels that do more than copy reach. float32: 85 % of the data sheet's 67 TFLOP/s.
 ASSUMED = "assumed, not measured: 61 %, 45 % and 78 % of the data sheet's"
+H100 = Device(
+    name="H100 SXM 80 GB",
+    memory=85.5e9,
+    linears=600e12,
+    convolutions=450e12,
+    float32=57e12,
+    copy=2.6e12,
+    nvlink=450e9,
+    network=50e9,
+    source=ASSUMED,
+)
 DEVICES = {
-    "h100": Device("H100 SXM 80 GB", 85.5e9, 600e12, 450e12, 57e12, 2.6e12, 450e9, 50e9, ASSUMED),
+    "h100": H100,
     # The same chip with other memory: 4.8 TB/s.
-    "h200": Device("H200 SXM 141 GB", 150.7e9, 600e12, 450e12, 57e12, 3.7e12, 450e9, 50e9, ASSUMED),
+    "h200": replace(H100, name="H200 SXM 141 GB", memory=150.7e9, copy=3.7e12),
     # 312 TFLOP/s, in float32 19.5, and 2.04 TB/s.
-    "a100": Device("A100 SXM 80 GB", 85.9e9, 189e12, 142e12, 16.6e12, 1.58e12, 300e9, 25e9, ASSUMED),
+    "a100": Device(
+        name="A100 SXM 80 GB",
+        memory=85.9e9,
+        linears=189e12,
+        convolutions=142e12,
+        float32=16.6e12,
+        copy=1.58e12,
+        nvlink=300e9,
+        network=25e9,
+        source=ASSUMED,
+    ),
 }

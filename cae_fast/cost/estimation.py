@@ -84,26 +84,32 @@ def estimate(work: Workload, device: Device, gpus: int, stage: int) -> Estimate:
             f"--gpus={gpus}: train.global_batch_size {work.global_batch} is no multiple of {gpus} GPUs times "
             f"micro-batches of {micro}; set train.global_batch_size or train.micro_batch_size"
         )
-    parts = step_parts(work, device, gpus, stage, micro, per_gpu // micro)
+
+    # What the device does one after the other, or the host or the data where they take longer.
+    accumulation = per_gpu // micro
+    parts = step_parts(work, device, gpus, stage, micro=micro, accumulation=accumulation)
     on_device = sum(parts[name] for name in SERIAL)
     step = max(on_device, parts["host"], parts["data"])
     limit = max(SERIAL if step == on_device else ("host", "data"), key=parts.__getitem__)
     images_per_second, hours = work.global_batch / step * 1e3, work.steps * step / 3.6e6
-    plain, checkpointed = (peak_bytes(work, gpus, stage, micro, again) for again in (False, True))
+
+    # Each without and with activation checkpointing.
+    plain, checkpointed = (peak_bytes(work, gpus, stage, micro, checkpointing=on) for on in (False, True))
+    largest, largest_checkpointed = (
+        largest_micro_batch(work, device, gpus, stage, checkpointing=on) for on in (False, True)
+    )
     recompute = work.recomputed_flops / _linears(work, device) + work.traffic / 3 / device.copy
+
     peak = device_peak_flops(device.name)
     assert peak is not None, f"no data sheet of {device.name}"
     return Estimate(
         gpus=gpus,
         stage=stage,
         micro_batch=micro,
-        accumulation=per_gpu // micro,
+        accumulation=accumulation,
         state=model_state(work.parameters, stage, gpus, work.element),
         peak=(plain, checkpointed),
-        largest_micro_batch=(
-            largest_micro_batch(work, device, gpus, stage, False),
-            largest_micro_batch(work, device, gpus, stage, True),
-        ),
+        largest_micro_batch=(largest, largest_checkpointed),
         fits=plain <= device.memory,
         parts_ms=parts,
         recompute_ms=1e3 * per_gpu * recompute,
@@ -129,7 +135,7 @@ def step_parts(
     seconds = {
         "GEMM": images * (work.model_flops / _linears(work, device) + work.targets_flops / device.convolutions),
         "memory bandwidth": (images * work.traffic + optimizer) / device.copy,
-        "communication": communication_seconds(work, device, gpus, stage, accumulation),
+        "communication": communication_seconds(work, device, gpus, stage, accumulation=accumulation),
         "host": accumulation * work.tensors * HOST_MS[stage] / 1e3,
         "data": images / work.data_rate,
     }
@@ -164,14 +170,17 @@ def peak_bytes(work: Workload, gpus: int, stage: int, micro: int, checkpointing:
 
 def largest_micro_batch(work: Workload, device: Device, gpus: int, stage: int, checkpointing: bool) -> int:
     """0 where not even one image fits; at most 65,536."""
-    return bisect.bisect_right(
-        range(1, 65_537), device.memory, key=lambda micro: peak_bytes(work, gpus, stage, micro, checkpointing)
-    )
+
+    def peak(micro: int) -> float:
+        return peak_bytes(work, gpus, stage, micro, checkpointing=checkpointing)
+
+    return bisect.bisect_right(range(1, 65_537), device.memory, key=peak)
 
 
 def assumptions(work: Workload, device: Device) -> list[str]:
     """Everything the numbers rest on that is not a count of the model's, with its source."""
     steps = work.steps // work.epochs
+
     return [
         f"{device.name}: the model's products {_linears(work, device) / 1e12:.0f} TFLOP/s, its targets' "
         f"{device.convolutions / 1e12:.0f}, other ops {device.copy / 1e12:.2f} TB/s ({device.source}); "

@@ -39,11 +39,15 @@ class Sizes(NamedTuple):
 
 def sizes_of(model: ContextAutoencoder, num_masked: int, element: int) -> Sizes:
     shape = model.shape
-    width, decoder_width = shape.embed_dim, shape.decoder_embed_dim
-    inner = width // shape.num_heads * shape.num_heads
-    decoder_inner = decoder_width // shape.decoder_num_heads * shape.decoder_num_heads
-    visible = model.encoder.grid**2 - num_masked
-    return Sizes(visible, num_masked, width, inner, decoder_width, decoder_inner, element)
+    return Sizes(
+        visible=model.encoder.grid**2 - num_masked,
+        masked=num_masked,
+        width=shape.embed_dim,
+        inner=shape.embed_dim // shape.num_heads * shape.num_heads,
+        decoder_width=shape.decoder_embed_dim,
+        decoder_inner=shape.decoder_embed_dim // shape.decoder_num_heads * shape.decoder_num_heads,
+        element=element,
+    )
 
 
 @dataclass(frozen=True)
@@ -93,8 +97,9 @@ def activations(model: ContextAutoencoder, num_masked: int, element: int, checkp
     width, m, e = s.decoder_width, s.masked, element
     align, codes = model.alignment_weight > 0, model.predict_codes
     projected = shape.decoder_embed_dim != shape.embed_dim
-    encoder = _blocks(shape.depth, s.visible + 1, s.width, s.inner, e, checkpointing)
-    decoder = _blocks(shape.decoder_depth, m, width, s.decoder_inner, e, checkpointing)
+
+    encoder = _blocks(shape.depth, s.visible + 1, s.width, s.inner, element=e, checkpointing=checkpointing)
+    decoder = _blocks(shape.decoder_depth, m, width, s.decoder_inner, element=e, checkpointing=checkpointing)
     parts = {
         "patches": s.patches * 3 * shape.patch_size**2 * e,
         "encoder": encoder + (s.visible + 1) * s.width * e,
@@ -103,16 +108,17 @@ def activations(model: ContextAutoencoder, num_masked: int, element: int, checkp
     }
     if projected:  # the Linear's output, its LayerNorm's, and two statistics
         parts["encoder"] += (s.visible + 1) * (2 * width * e + 2 * STATISTIC)
+
+    # Latents are kept by the alignment, with their targets, or by the head where no decoder stands between.
     latents_kept = align or (shape.decoder_depth == 0 and not codes)
     parts["losses"] = m * width * e * latents_kept
     if align:
         parts["losses"] += (m * width if projected else (m + 1) * s.width) * e
     parts["losses"] += _prediction(model, m, e, features_shared=shape.decoder_depth == 0)
+
     if checkpointing:
-        parts["recomputed"] = max(
-            _block(s.visible + 1, s.width, s.inner, e, False) - _block(s.visible + 1, s.width, s.inner, e, True),
-            _regressor_block(s, False) - _regressor_block(s, True),
-        )
+        whole, inputs = (_block(s.visible + 1, s.width, s.inner, e, checkpointing=on) for on in (False, True))
+        parts["recomputed"] = max(whole - inputs, _regressor_block(s, False) - _regressor_block(s, True))
     fixed = (width + 1) * model.decoder.head.out_features * e if codes else 0  # the head's gradients
     return Activations(parts, fixed)
 
@@ -127,7 +133,10 @@ def _block(tokens: int, width: int, inner: int, element: int, checkpointing: boo
 
 def _blocks(depth: int, tokens: int, width: int, inner: int, element: int, checkpointing: bool) -> int:
     """All blocks, and the statistics of the LayerNorm before the first."""
-    return depth * _block(tokens, width, inner, element, checkpointing) + bool(depth) * 2 * tokens * STATISTIC
+    return (
+        depth * _block(tokens, width, inner, element, checkpointing=checkpointing)
+        + bool(depth) * 2 * tokens * STATISTIC
+    )
 
 
 def _regressor_block(s: Sizes, checkpointing: bool) -> int:
@@ -175,12 +184,14 @@ def targets_bytes(targets: Targets, model: ContextAutoencoder, num_masked: int) 
     if isinstance(targets, TeacherFeatures):
         weights = sum(p.numel() for p in targets.model.parameters())
         return 2 * weights, WORKING_ROWS * (grid**2 + 1) * targets.output_dim * 2
+
     side = targets.token_size(grid)
     if isinstance(targets, DalleTokenizer):
         weights = sum(p.numel() for p in targets.encoder.parameters())
         decoder = 0 if targets.decoder is None else sum(p.numel() for p in targets.decoder.parameters())
         # The first group: its input, a block's, that after ReLU, and a hidden map a quarter as wide.
         return 2 * weights + 4 * decoder, 13 * targets.encoder.input.out_channels * side**2 * 2 // 4
+
     assert isinstance(targets, DvaeTokenizer)
     half = sum(p.numel() for part in (targets.model.encoder, targets.model.head) for p in part.parameters())
     everything = sum(p.numel() for p in targets.model.parameters())

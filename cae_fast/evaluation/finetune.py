@@ -40,7 +40,7 @@ class FinetuneHead(nn.Module):
     def read(self, encoder: VisionTransformer, images: Tensor, keep: Tensor | None = None) -> Tensor:
         """Tokens before the final norm of normalized images (B, 3, S, S): float32 (B, N + 1, D)."""
         outputs: list[Tensor] = []
-        run_blocks(encoder.blocks, encoder.norm, encoder.all_tokens(images), keep, outputs)
+        run_blocks(encoder.blocks, encoder.norm, encoder.all_tokens(images), keep, outputs=outputs)
         return outputs[-1].float()
 
     def forward(self, tokens: Tensor) -> Tensor:

@@ -52,7 +52,9 @@ def knn_accuracy(
     (T, D) of any float type, labels integers (M,) and (T,) below num_classes, all on one device.
     Raises UserError for a k outside 1..M and ValueError for features that are not finite.
     """
-    votes = knn_votes(train_features, train_labels, test_features, k, num_classes, temperature)  # (T, num_classes)
+    votes = knn_votes(
+        train_features, train_labels, test_features, k, num_classes=num_classes, temperature=temperature
+    )  # (T, num_classes)
     return int((votes.argmax(dim=1) == test_labels).sum()) / len(test_features)
 
 
@@ -71,6 +73,7 @@ def knn_votes(
         raise UserError(f"probe.k={k}: give a number from 1 to {samples}, the number of training images")
     if not (train_features.isfinite().all() and test_features.isfinite().all()):
         raise ValueError("k-NN probe: the features are not finite")
+
     train = F.normalize(train_features.float(), dim=1)  # (M, D)
     test = F.normalize(test_features.float(), dim=1)  # (T, D)
     votes = train.new_zeros(len(test), num_classes)  # (T, num_classes)

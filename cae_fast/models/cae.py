@@ -38,14 +38,27 @@ from cae_kernels import (
     squared_error,
 )
 
-# patch_size, embed_dim, depth, num_heads, decoder_embed_dim, decoder_num_heads, layer_scale_init
-SIZES: dict[str, tuple[int, int, int, int, int, int, float]] = {
-    "tiny": (4, 96, 4, 3, 96, 3, 0.1),
-    "small": (16, 384, 12, 6, 384, 6, 0.1),
-    "base": (16, 768, 12, 12, 768, 12, 0.1),
-    "large": (16, 1024, 24, 16, 1024, 16, 1e-5),
-    "large_dec768": (16, 1024, 24, 16, 768, 12, 1e-5),
-    "huge": (14, 1280, 32, 16, 1280, 16, 1e-5),
+
+class Size(NamedTuple):
+    """What a model.size stands for; regressor and decoder are the encoder's size where it says nothing else."""
+
+    embed_dim: int
+    depth: int
+    num_heads: int
+    layer_scale_init: float
+    patch_size: int = 16
+    decoder_embed_dim: int | None = None
+    decoder_num_heads: int | None = None
+
+
+LARGE = Size(embed_dim=1024, depth=24, num_heads=16, layer_scale_init=1e-5)
+SIZES = {
+    "tiny": Size(embed_dim=96, depth=4, num_heads=3, layer_scale_init=0.1, patch_size=4),
+    "small": Size(embed_dim=384, depth=12, num_heads=6, layer_scale_init=0.1),
+    "base": Size(embed_dim=768, depth=12, num_heads=12, layer_scale_init=0.1),
+    "large": LARGE,
+    "large_dec768": LARGE._replace(decoder_embed_dim=768, decoder_num_heads=12),
+    "huge": Size(embed_dim=1280, depth=32, num_heads=16, layer_scale_init=1e-5, patch_size=14),
 }
 
 
@@ -73,17 +86,11 @@ def resolve_model(model: ModelConfig) -> ModelShape:
     """Fill the empty fields from the size and check that the whole makes a model; UserError says what to set."""
     if model.size not in SIZES:
         raise UserError(f"model.size is {model.size!r}: choose one of {', '.join(SIZES)}")
-    patch_size, embed_dim, depth, num_heads, decoder_embed_dim, decoder_num_heads, layer_scale = SIZES[model.size]
-    filled = {
-        "patch_size": patch_size,
-        "embed_dim": embed_dim,
-        "depth": depth,
-        "num_heads": num_heads,
-        "decoder_embed_dim": decoder_embed_dim if model.embed_dim is None else model.embed_dim,
-        "decoder_num_heads": decoder_num_heads if model.num_heads is None else model.num_heads,
-        "layer_scale_init": layer_scale,
-    }
+    filled = SIZES[model.size]._asdict()
     given = {name: value for name, value in asdict(model).items() if value is not None}
+    for name in ("embed_dim", "num_heads"):
+        if filled[f"decoder_{name}"] is None or name in given:
+            filled[f"decoder_{name}"] = given.get(name, filled[name])
     shape = ModelShape(**filled | given)
     _check_shape(shape)
     return shape
@@ -100,6 +107,7 @@ def _check_shape(shape: ModelShape) -> None:
             f"model.image_size is {shape.image_size}, not a multiple of the patch size {shape.patch_size}: "
             f"set model.image_size={near} or another model.patch_size"
         )
+
     if not 0 <= shape.drop_path_rate < 1:
         raise UserError(f"model.drop_path_rate is {shape.drop_path_rate}: it must be at least 0 and below 1")
     for name, width, heads in (
@@ -165,13 +173,15 @@ class RegressorBlock(nn.Module):
         self.gamma_1 = nn.Parameter(torch.full((embed_dim,), layer_scale_init))
         self.gamma_2 = nn.Parameter(torch.full((embed_dim,), layer_scale_init))
 
-    def input_norms(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        return norm_parameters(self.norm_q), norm_parameters(self.norm_k), norm_parameters(self.norm_v)
+    def input_norms(self) -> dict[str, tuple[Tensor, Tensor]]:
+        norms = {"norm_q": self.norm_q, "norm_k": self.norm_k, "norm_v": self.norm_v}
+        return {name: norm_parameters(norm) for name, norm in norms.items()}
 
     def forward(self, x: Tensor, normed: QKV, context: QKV, keep: Tensor | None) -> tuple[Tensor, Tensor]:
         query, *masked = normed
         attended = self.attn(query, context[1:], tuple(masked))
-        _, x = residual_norm(x, attended, self.gamma_1, keep, norm_parameters(self.norm2), NORM_EPS)
+        norm = norm_parameters(self.norm2)
+        _, x = residual_norm(x, attended, self.gamma_1, keep, norm=norm, eps=NORM_EPS)
         return x, self.mlp(x)
 
 
@@ -196,18 +206,21 @@ class Regressor(nn.Module):
         """queries: (B, Nm, R); visible: (B, Nv, R); pos_embed: (N, R); keep: (2 * depth, B). Returns (B, Nm, R)."""
         blocks = cast(list[RegressorBlock], list(self.blocks))
         x = queries
-        normed = norm_qkv(x, pos_embed, masked_ids, *blocks[0].input_norms(), NORM_EPS)
+        normed = norm_qkv(x, pos_embed, masked_ids, **blocks[0].input_norms(), eps=NORM_EPS)
         for i, block in enumerate(blocks):
-            _, norm_k, norm_v = block.input_norms()
-            context = norm_qkv(visible, pos_embed, visible_ids, None, norm_k, norm_v, NORM_EPS)
+            norm_k, norm_v = norm_parameters(block.norm_k), norm_parameters(block.norm_v)
+            context = norm_qkv(visible, pos_embed, visible_ids, norm_q=None, norm_k=norm_k, norm_v=norm_v, eps=NORM_EPS)
             drop = branch_keep(keep, i)
-            x, branch = run_block(block, self.checkpointed, x, normed, context, drop[0])
+            x, branch = run_block(block, (x, normed, context, drop[0]), self.checkpointed)
+
+            # The residual update is one pass with the norms that read it: the next block's, or the last.
             if i + 1 < len(blocks):
                 norms = blocks[i + 1].input_norms()
                 x, normed = residual_norm_qkv(
-                    x, branch, block.gamma_2, drop[1], pos_embed, masked_ids, *norms, NORM_EPS
+                    x, branch, block.gamma_2, drop[1], pos_embed=pos_embed, ids=masked_ids, **norms, eps=NORM_EPS
                 )
-        return residual_norm(x, branch, block.gamma_2, drop[1], norm_parameters(self.norm), NORM_EPS)[1]
+        norm = norm_parameters(self.norm)
+        return residual_norm(x, branch, block.gamma_2, drop[1], norm=norm, eps=NORM_EPS)[1]
 
 
 class Decoder(nn.Module):
@@ -250,8 +263,14 @@ class ContextAutoencoder(nn.Module):
         self.shape, self.predict_codes, self.alignment_weight = shape, predict_codes, alignment_weight
         self.cosine_loss = cosine_loss
         self.encoder = VisionTransformer(
-            shape.image_size, shape.patch_size, shape.embed_dim, shape.depth, shape.num_heads, shape.layer_scale_init
+            image_size=shape.image_size,
+            patch_size=shape.patch_size,
+            embed_dim=shape.embed_dim,
+            depth=shape.depth,
+            num_heads=shape.num_heads,
+            layer_scale_init=shape.layer_scale_init,
         )
+
         width, heads = shape.decoder_embed_dim, shape.decoder_num_heads
         if width != shape.embed_dim:
             self.encoder_to_regressor = nn.Linear(shape.embed_dim, width)
@@ -260,7 +279,10 @@ class ContextAutoencoder(nn.Module):
         grid = self.encoder.grid
         self.register_buffer("regressor_pos_embed", sincos_position_embedding(grid, grid, width)[None])
         self.regressor = Regressor(width, shape.regressor_depth, heads, shape.layer_scale_init)
-        self.decoder = Decoder(width, shape.decoder_depth, heads, shape.layer_scale_init, output_dim)
+        self.decoder = Decoder(
+            width, shape.decoder_depth, heads, layer_scale_init=shape.layer_scale_init, output_dim=output_dim
+        )
+
         initialize(self)
         if shape.rescale_init:
             for blocks in (self.encoder.blocks, self.regressor.blocks, self.decoder.blocks):
@@ -291,7 +313,9 @@ class ContextAutoencoder(nn.Module):
     ) -> Tensor:
         """z_m of the paper: (B, Nm, R) from visible patch latents (B, Nv, R)."""
         queries = self.mask_token.expand(*masked_ids.shape, -1)  # (B, Nm, R)
-        return self.regressor(queries, visible, self.patch_positions(), visible_ids, masked_ids, keep)
+        return self.regressor(
+            queries, visible, self.patch_positions(), visible_ids=visible_ids, masked_ids=masked_ids, keep=keep
+        )
 
     def patch_positions(self) -> Tensor:
         return self.regressor_pos_embed[0, 1:]  # (N, R)
@@ -313,12 +337,14 @@ class ContextAutoencoder(nn.Module):
         """
         depths = [2 * len(part.blocks) for part in (self.encoder, self.encoder, self.regressor, self.decoder)]
         keeps = [None] * 4 if keep is None else keep.split(depths)
+
         align = self.alignment_weight > 0
         tokens, masked_tokens = self.encoder.tokens(images, visible_ids, masked_ids if align else None)
         visible = self.to_regressor_width(self.encoder.encode(tokens, keeps[0]))[:, 1:]  # (B, Nv, R)
         latents = self.predict_latents(visible, visible_ids, masked_ids, keeps[2])  # (B, Nm, R)
         features = self.decoder(latents, self.patch_positions(), masked_ids, keeps[3])  # (B, Nm, R)
         main, accuracy = self._prediction_loss(features, targets)
+
         if masked_tokens is None:
             return CaeLosses(main, main.detach(), torch.zeros_like(main), accuracy)
         with torch.no_grad():

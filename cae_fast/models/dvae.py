@@ -52,6 +52,7 @@ def resolve_tokenizer(config: TokenizerConfig) -> TokenizerConfig:
     width, num_blocks = SIZES[config.size]
     width = width if config.width is None else config.width
     num_blocks = num_blocks if config.num_blocks is None else config.num_blocks
+
     if config.image_size < STRIDE or config.image_size % STRIDE:
         raise UserError(f"tokenizer.image_size is {config.image_size}: it must be a multiple of {STRIDE}")
     if width < 1 or num_blocks < 0 or config.num_codes < 2:
@@ -174,6 +175,7 @@ class DiscreteVAE(nn.Module):
         inputs = self.head(self.features(images).flatten(2).mT).float()  # (B, N, in_dim)
         quantized = self.quantizer(inputs, temperature)
         output = self._decode(quantized.vectors.unflatten(1, (grid, grid)))  # (B, 3 or 6, S, S)
+
         pixels = images.float() / 255  # (B, 3, S, S)
         if self.config.loss == "logit_laplace":
             loss = logit_laplace_loss(output, pixels)
@@ -181,9 +183,15 @@ class DiscreteVAE(nn.Module):
             loss = F.mse_loss(output, (pixels - MEAN) / STD)
         weighted = kl_weight * quantized.kl + self.config.diversity_weight * quantized.diversity
         total = loss + weighted / VALUES_PER_CODE + quantized.commitment
-        squared_error = F.mse_loss(self._pixels(output.detach()), pixels)
-        terms = (quantized.kl.detach(), quantized.diversity.detach(), quantized.commitment.detach())
-        return DvaeOutput(total, squared_error, *terms, quantized.codes)
+
+        return DvaeOutput(
+            total=total,
+            squared_error=F.mse_loss(self._pixels(output.detach()), pixels),
+            kl=quantized.kl.detach(),
+            diversity=quantized.diversity.detach(),
+            commitment=quantized.commitment.detach(),
+            codes=quantized.codes,
+        )
 
     def features(self, images: Tensor) -> Tensor:
         """uint8 images (B, 3, S, S) -> (B, C, G, G) in the weights' type. Raises ValueError for an unfit side."""

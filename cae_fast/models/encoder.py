@@ -44,13 +44,19 @@ def load_encoder(path: str | Path, image_size: int | None = None) -> VisionTrans
 def make_encoder(state: dict[str, Tensor], num_heads: int, image_size: int | None = None) -> VisionTransformer:
     """A VisionTransformer of the tensors' shapes with them in it. KeyError or RuntimeError where they make none."""
     embed_dim, patch = state["cls_token"].shape[-1], state["patch_embed.proj.weight"].shape[-1]
-    depth = sum(name.endswith(".attn.qkv.weight") for name in state)
     side = math.isqrt(state["pos_embed"].shape[1] - 1) * patch
-    if image_size is None:
-        image_size = side
+    image_size = side if image_size is None else image_size
     if image_size < patch or image_size % patch:
         raise UserError(f"image_size is {image_size}: set a multiple of the patch size, {patch}")
-    model = VisionTransformer(image_size, patch, embed_dim, depth, num_heads, 1.0)
+
+    model = VisionTransformer(
+        image_size=image_size,
+        patch_size=patch,
+        embed_dim=embed_dim,
+        depth=sum(name.endswith(".attn.qkv.weight") for name in state),
+        num_heads=num_heads,
+        layer_scale_init=1.0,
+    )
     if image_size != side:
         state = state | {"pos_embed": resize_positions(state["pos_embed"], image_size // patch)}
     model.load_state_dict(state)
@@ -80,7 +86,7 @@ def header_shape(facts: dict[str, Any]) -> ModelShape | None:
 def usual_heads(path: str | Path, projection: Tensor) -> int:
     """Heads of an attention's proj.weight (D, H C), which shapes do not tell: 64 wide, or 80 in ViT-H's width."""
     width, inner = projection.shape
-    head_width = 80 if width == SIZES["huge"][1] else 64
+    head_width = 80 if width == SIZES["huge"].embed_dim else 64
     heads = inner // head_width
     if inner % head_width or heads * (width // heads) != inner:
         raise UserError(

@@ -61,7 +61,13 @@ class GumbelQuantizer(nn.Module):
         vectors = (weights.to(self.codebook.dtype) @ self.codebook).float()  # (B, N, E)
         mean_q = log_q.exp().flatten(0, -2).mean(0)  # (V,)
         diversity = math.log(len(mean_q)) - torch.special.entr(mean_q).sum()
-        return Quantized(vectors, logits.argmax(-1), uniform_kl(log_q).mean(), diversity, logits.new_zeros(()))
+        return Quantized(
+            vectors=vectors,
+            codes=logits.argmax(-1),
+            kl=uniform_kl(log_q).mean(),
+            diversity=diversity,
+            commitment=logits.new_zeros(()),
+        )
 
     def codes(self, logits: Tensor) -> Tensor:
         return logits.argmax(-1)
@@ -81,7 +87,7 @@ class FiniteScalarQuantizer(nn.Module):
     def forward(self, inputs: Tensor, temperature: float) -> Quantized:
         vectors, codes = self.library(inputs)  # (B, N, E), int32 (B, N)
         zero = inputs.new_zeros(())
-        return Quantized(vectors, codes.long(), zero, zero, zero)
+        return Quantized(vectors=vectors, codes=codes.long(), kl=zero, diversity=zero, commitment=zero)
 
     def codes(self, inputs: Tensor) -> Tensor:
         return self.library(inputs)[1].long()
@@ -111,7 +117,7 @@ class VectorQuantizer(nn.Module):
     def forward(self, inputs: Tensor, temperature: float) -> Quantized:
         vectors, codes, commitment = self.library(inputs)
         zero = inputs.new_zeros(())
-        return Quantized(vectors, codes.long(), zero, zero, commitment.sum())
+        return Quantized(vectors=vectors, codes=codes.long(), kl=zero, diversity=zero, commitment=commitment.sum())
 
     def codes(self, inputs: Tensor) -> Tensor:
         rows = inputs.flatten(0, -2)  # (B * N, E)

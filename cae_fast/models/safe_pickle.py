@@ -217,6 +217,7 @@ def _read_legacy(path: Path, module_prefixes: tuple[str, ...]) -> dict[str, Tens
         magic, protocol, system, content, keys = (unpickler.load() for unpickler in unpicklers)
         if magic != LEGACY_MAGIC or protocol != LEGACY_PROTOCOL or not system["little_endian"]:
             raise UserError(f"{path} is a pickle, but not one of torch.save on a little-endian machine")
+
         known = unpicklers[3].storages
         storages: dict[str, bytes] = {}
         for key in keys:

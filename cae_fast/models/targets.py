@@ -128,6 +128,7 @@ def make_targets(target: TargetConfig, image_size: int, patch_size: int, device:
         raise UserError(f"target.kind is {target.kind!r}: set one of {', '.join(kinds)}")
     if not 0 <= target.alignment_weight < math.inf:
         raise UserError(f"target.alignment_weight is {target.alignment_weight}: it must be finite and at least 0")
+
     if target.kind in ("pixels", "normalized_pixels"):
         if target.tokenizer:
             raise UserError(
@@ -136,6 +137,8 @@ def make_targets(target: TargetConfig, image_size: int, patch_size: int, device:
         if target.compile:
             raise UserError(f"target.compile is true, but target.kind {target.kind} runs no model: leave it false")
         return PixelTargets(patch_size, target.kind == "normalized_pixels")
+
+    # Codes and features are what a frozen model in a file makes of the images.
     if not target.tokenizer:
         source = "`cae-fast convert dalle` or `cae-fast train-tokenizer` writes"
         if target.kind == "features":

@@ -109,11 +109,12 @@ class Block(nn.Module):
         self, x: Tensor, normed: Tensor, next_norm: nn.LayerNorm, keep: tuple[Tensor | None, Tensor | None]
     ) -> tuple[Tensor, Tensor]:
         norm2 = norm_parameters(self.norm2)
-        x, normed = residual_norm(x, self.attn(normed), self.gamma_1, keep[0], norm2, NORM_EPS)
-        return residual_norm(x, self.mlp(normed), self.gamma_2, keep[1], norm_parameters(next_norm), NORM_EPS)
+        x, normed = residual_norm(x, self.attn(normed), self.gamma_1, keep[0], norm=norm2, eps=NORM_EPS)
+        norm = norm_parameters(next_norm)
+        return residual_norm(x, self.mlp(normed), self.gamma_2, keep[1], norm=norm, eps=NORM_EPS)
 
 
-def run_block(block: nn.Module, checkpointed: bool, *inputs: Any) -> Any:
+def run_block(block: nn.Module, inputs: tuple[Any, ...], checkpointed: bool) -> Any:
     """block(*inputs); checkpointed: keep only the inputs for the backward pass, which then runs the block again."""
     if checkpointed and torch.is_grad_enabled():
         return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)  # nothing random in a block
@@ -135,7 +136,7 @@ def run_blocks(
     chain = [*(cast(Block, block).norm1 for block in blocks), norm]
     normed = layer_norm(x, *norm_parameters(chain[0]), NORM_EPS)
     for i, block in enumerate(blocks):
-        x, normed = run_block(block, checkpointed, x, normed, chain[i + 1], branch_keep(keep, i))
+        x, normed = run_block(block, (x, normed, chain[i + 1], branch_keep(keep, i)), checkpointed)
         if outputs is not None:
             outputs.append(x)
     return normed
@@ -171,7 +172,7 @@ class VisionTransformer(nn.Module):
     def tokens(self, images: Tensor, visible_ids: Tensor, masked_ids: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Embedded visible tokens (B, Nv + 1, D) and, where masked_ids are given, masked ones (B, Nm + 1, D)."""
         patches = self.patch_embed(images)  # (B, N, D)
-        return gather_tokens(patches, visible_ids, masked_ids, self.cls_token, self.pos_embed[0])
+        return gather_tokens(patches, visible_ids, masked_ids, self.cls_token, pos_embed=self.pos_embed[0])
 
     def encode(self, tokens: Tensor, keep: Tensor | None = None) -> Tensor:
         """Blocks and final norm. tokens: (B, n, D), class token first; keep: drop-path factors (2 * depth, B)."""
@@ -210,7 +211,8 @@ class VisionTransformer(nn.Module):
         indices = range(depth - n, depth) if isinstance(n, int) else sorted({i + depth * (i < 0) for i in n})
         if not indices or indices[0] < 0 or indices[-1] >= depth:
             raise UserError(f"n is {n}: the encoder has {depth} blocks")
-        run_blocks(self.blocks, self.norm, self.all_tokens(images), None, outputs)
+
+        run_blocks(self.blocks, self.norm, self.all_tokens(images), None, outputs=outputs)
         tokens = [self.norm(outputs[i]) if norm else outputs[i] for i in indices]  # (B, N + 1, D)
         patches = [x[:, 1:] for x in tokens]
         if reshape:

@@ -173,10 +173,8 @@ def read_world() -> World:
     """
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
-        names, local_size = (
-            ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
-            env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", "1")),
-        )
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        local_size = env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", "1"))
     elif "SLURM_STEP_NUM_TASKS" in env:  # not SLURM_NTASKS: that is there in a batch script without srun too
         names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
         # With --cpus-per-task a task sees its own cores only.
@@ -184,11 +182,14 @@ def read_world() -> World:
         local_size = env.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0].split(",")[0] if shared else "1"
     else:
         return World()
+
     try:
         rank, size, local_rank = (int(env.get(name, "0")) for name in names)
-        world = World(rank, size, local_rank, int(local_size))
+        world = World(rank=rank, size=size, local_rank=local_rank, core_share=int(local_size))
     except ValueError as error:
         raise UserError(f"{', '.join(names)} in the environment must be numbers: {error}") from error
+
+    # Under torchrun the launcher sets them; srun leaves them to the user.
     if size > 1 and not ("MASTER_ADDR" in env and "MASTER_PORT" in env):
         raise UserError(
             f"{names[1]} is {size}, but MASTER_ADDR and MASTER_PORT are not set. Under srun, export them before: "
@@ -209,6 +210,7 @@ def joined(world: World, device: torch.device, timeout_seconds: float, alone: bo
     if world.size == 1 and alone:
         yield world
         return
+
     timeout = timedelta(seconds=timeout_seconds)
     _connect(world, device, timeout)
     everyone = dist.new_group(backend="gloo", timeout=PATIENCE)
@@ -216,6 +218,7 @@ def joined(world: World, device: torch.device, timeout_seconds: float, alone: bo
     world.patient = everyone
     if world.size > 1:
         world.watchdog = Watchdog(timeout_seconds, world.rank)
+
     try:
         yield world
     except BaseException as error:
@@ -233,9 +236,10 @@ def _connect(world: World, device: torch.device, timeout: timedelta) -> None:
     else:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        store = dist.TCPStore(address, port, world.size, world.main and not served, timeout)
+        store = dist.TCPStore(address, port, world.size, is_master=world.main and not served, timeout=timeout)
     # After a restart, torchrun's store still holds what the processes before wrote.
     store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
     os.environ |= {"RANK": str(world.rank), "WORLD_SIZE": str(world.size), "LOCAL_RANK": str(device.index or 0)}
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout)

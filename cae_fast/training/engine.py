@@ -70,6 +70,8 @@ class Engine:
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         assert len(gradients) == len(self.parameters), "a trainable parameter got no gradient"
         self.world.average(gradients)
+
+        # The host reads none of them: the kernel takes the clip factor and the skip from the device.
         norm = squared_norm(gradients).sqrt().float()
         skipped = 1.0 - (norm + self.world.mean(self.loss_sum)).isfinite().float()
         factor = clip_factor(norm, self.clip)

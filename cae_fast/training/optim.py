@@ -34,7 +34,7 @@ def learning_rate(step: int, warmup_steps: int, total_steps: int, peak: float, l
 
 def scheduled_lr(step: int, steps_per_epoch: int, optim: OptimConfig) -> float:
     warmup, total = optim.warmup_epochs * steps_per_epoch, optim.epochs * steps_per_epoch
-    return learning_rate(step, warmup, total, optim.lr, optim.min_lr)
+    return learning_rate(step, warmup, total, peak=optim.lr, lowest=optim.min_lr)
 
 
 def decays(name: str, parameter: Tensor) -> bool:

@@ -48,6 +48,7 @@ def save_curves(metrics_jsonl: Path, out: Path) -> None:
     skipped = [entry["step"] for entry in entries if entry.get("event") == "skipped_step"]
     if not lines:
         raise UserError(f"{metrics_jsonl}: no metrics to draw yet")
+
     style: dict[Any, Any] = {
         "font.size": 10,
         "axes.spines.top": False,
@@ -67,16 +68,16 @@ def save_curves(metrics_jsonl: Path, out: Path) -> None:
 
 
 def _curves_figure(lines: list[dict[str, Any]], skipped: list[int]) -> Any:
-    # A Figure with its own canvas, instead of pyplot, keeps no global state and needs no display.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    # A Figure alone, without pyplot, keeps no global state and needs no display.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 7), layout="constrained")
-    FigureCanvasAgg(figure)
+
+    # Above, over the whole width: the losses, and the steps that were skipped.
     grid = figure.add_gridspec(2, 3, height_ratios=[1.7, 1])
     axes = figure.add_subplot(grid[0, :])
     for name, label, color in LOSSES:
-        _draw(axes, lines, name, color, label)
+        _draw(axes, lines, name, color=color, label=label)
     _log_scale_if_wide(axes, lines, [name for name, _, _ in LOSSES])
     if skipped:
         axes.plot(skipped, [0.015] * len(skipped), "|", color="#c1121f", transform=axes.get_xaxis_transform())
@@ -84,15 +85,17 @@ def _curves_figure(lines: list[dict[str, Any]], skipped: list[int]) -> Any:
     axes.set(xlabel="step", ylabel="loss (mean of an interval)")
     if axes.get_legend_handles_labels()[1]:
         axes.legend(frameon=False, loc="upper right", ncols=4)
+
     for column, (name, title, color) in enumerate(BELOW):
         small = figure.add_subplot(grid[1, column])
-        _draw(small, lines, name, color, title)
+        _draw(small, lines, name, color=color, label=title)
         small.set_title(title, fontsize=10, loc="left", color="#333333")
         small.set_xlabel("step")
         if name == "grad_norm":
             _log_scale_if_wide(small, lines, [name])
         else:
             small.set_ylim(bottom=0)
+
     for index, each in enumerate(figure.axes):
         _format_ticks(each, [line["step"] for line in lines], ticks=8 if index == 0 else 4)
     figure.suptitle(_curves_title(lines[-1]), fontsize=12, x=0.01, ha="left")
@@ -106,6 +109,8 @@ def _draw(axes: Any, lines: list[dict[str, Any]], name: str, color: str, label: 
         return
     steps = np.array([line["step"] for line in present], dtype=np.float64)
     values = np.array([math.nan if line[name] is None else line[name] for line in present], dtype=np.float64)
+
+    # More points than pixels: means of bins, over what is finite in them, and their range behind.
     if len(steps) > MAX_POINTS:
         edges = np.linspace(0, len(steps), MAX_POINTS + 1).astype(int)[:-1]
         sizes = np.diff(np.append(edges, len(steps)))
@@ -116,6 +121,7 @@ def _draw(axes: Any, lines: list[dict[str, Any]], name: str, color: str, label: 
         steps = np.add.reduceat(steps, edges) / sizes
         values = np.divide(sums, counts, out=np.full_like(sums, math.nan), where=counts > 0)
         axes.fill_between(steps, low, high, color=color, alpha=0.18, linewidth=0)
+
     marker = "o" if len(steps) <= 30 else None
     axes.plot(steps, values, color=color, label=label, linewidth=1.6, marker=marker, markersize=4)
 
@@ -206,6 +212,7 @@ def _compose(cells: np.ndarray, titles: tuple[str, ...], groups: int) -> Image.I
     canvas = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(canvas)
     font = ImageFont.load_default(size=16)
+
     for group in range(groups):
         left = GAP + group * (group_width + 4 * GAP)
         for column, title in enumerate(titles):

@@ -36,9 +36,9 @@ def zero_stage(train: TrainConfig, world: World) -> int:
     stage = train.zero if train.zero is not None else int(world.size > 1)
     if stage not in (0, 1, 2, 3):
         raise UserError(f"train.zero is {train.zero}: set 0, 1, 2, 3 or leave it empty")
-    if stage == 0 and (train.offload_optimizer or train.deepspeed):
-        name = "train.offload_optimizer" if train.offload_optimizer else "train.deepspeed"
-        raise UserError(f"{name} is {getattr(train, name[6:])}: it needs train.zero=1, 2 or 3")
+    for name, value in (("offload_optimizer", train.offload_optimizer), ("deepspeed", train.deepspeed)):
+        if stage == 0 and value:
+            raise UserError(f"train.{name} is {value}: it needs train.zero=1, 2 or 3")
     if stage and importlib.util.find_spec("deepspeed") is None:
         raise UserError(
             f"train.zero={stage} (1 is the default of several processes) needs the deepspeed package: "
@@ -62,6 +62,8 @@ def derived_settings(
         "compute_grad_norm": (stage == 3 or train.offload_optimizer, "cae_fast"),
         "memory_efficient_linear": (False, "cae_fast"),  # replaces F.linear of the whole process
     }
+
+    # None: a setting that the file must not have and DeepSpeed does not get, as we do its work.
     return {
         "train_batch_size": (train.global_batch_size, "train.global_batch_size"),
         "train_micro_batch_size_per_gpu": (micro, "train.micro_batch_size"),
@@ -93,6 +95,7 @@ def deepspeed_settings(derived: dict[str, tuple[Any, str]], path: str | None) ->
             raise UserError(f"train.deepspeed is {path}: cannot be read as JSON ({error})") from error
         if not isinstance(settings, dict) or not isinstance(settings.get("zero_optimization", {}), dict):
             raise UserError(f"train.deepspeed is {path}: it must hold an object of DeepSpeed's settings")
+
     zero = settings.setdefault("zero_optimization", {})
     for name, (value, source) in derived.items():
         section, key = (zero, name.split(".")[1]) if "." in name else (settings, name)
@@ -100,6 +103,7 @@ def deepspeed_settings(derived: dict[str, tuple[Any, str]], path: str | None) ->
             raise UserError(f"{path} sets {name} to {section[key]}, but it follows from {source}: remove it there")
         if value is not None:
             section[key] = value
+
     # DeepSpeed's own 5e8 is a buffer of 1 GB made anew in every backward pass.
     zero.setdefault("reduce_bucket_size", 100_000_000)
     zero.setdefault("allgather_bucket_size", 100_000_000)
@@ -144,25 +148,26 @@ class ZeroEngine:
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
         if device.type == "cpu":
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled, for minutes
+
         train, self.stage = config.train, zero_stage(config.train, world)
         self.module: nn.Module = model.to(device=device, dtype=PRECISIONS[train.precision])
         self.world, self.accumulation, self.clip, self.device = world, accumulation, config.optim.clip_grad_norm, device
-        decaying = {name: decays(name, parameter) for name, parameter in trainable(model)}
         self.parameters = dict(trainable(model))
+        named, weight_decay = self.parameters.items(), config.optim.weight_decay
         groups = [
-            {
-                "params": [p for name, p in self.parameters.items() if decaying[name] == with_decay],
-                "weight_decay": decay,
-            }
-            for with_decay, decay in ((True, config.optim.weight_decay), (False, 0.0))
+            {"params": [p for name, p in named if decays(name, p)], "weight_decay": weight_decay},
+            {"params": [p for name, p in named if not decays(name, p)], "weight_decay": 0.0},
         ]
-        derived = derived_settings(train, self.stage, world.size, accumulation, device.type == "cuda")
+
+        cuda = device.type == "cuda"
+        derived = derived_settings(train, self.stage, world.size, accumulation, cuda=cuda)
         self.optimizer = PartitionAdamW(groups, config.optim)
-        deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False)
+        deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False)
         self.engine: Any = deepspeed.initialize(
             model=self.module, optimizer=self.optimizer, config=deepspeed_settings(derived, train.deepspeed)
         )[0]
         set_group_timeouts(train.timeout_seconds, world)
+
         self.zero: Any = self.engine.optimizer
         for partition, decay in zip(self._partitions(), self._weight_decays(groups), strict=True):
             self.optimizer.prepare(partition, decay)
@@ -196,12 +201,15 @@ class ZeroEngine:
         assert self.loss_sum is not None, "step() without backward()"
         if self.offload and self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # DeepSpeed copies gradients to the host on streams of its own
+
+        # One collective for both: the norm of all gradients, and whether a loss is not finite.
         own = squared_norm(self._gradients()).to(self.device)
         sums = torch.stack((own, self.loss_sum.double()))
         if self.world.size > 1:
             dist.all_reduce(sums)
         norm = sums[0].sqrt().float()
         skipped = 1.0 - sums.sum().isfinite().float()
+
         self.optimizer.lr, self.optimizer.skip = lr, skipped
         self.optimizer.clip_factor = clip_factor(norm, self.clip)
         self.engine.step()
@@ -288,5 +296,5 @@ def make_engine(
         name = f"DeepSpeed ZeRO-{stage}" if stage else "plain data parallel"
         log.info("engine: %s, processes: %d, micro-batches a step: %d", name, world.size, accumulation)
     if stage:
-        return ZeroEngine(model, config, device, accumulation, world)
-    return Engine(model, config.optim, config.train.precision, device, accumulation, world)
+        return ZeroEngine(model, config, device, accumulation, world=world)
+    return Engine(model, config.optim, config.train.precision, device, accumulation=accumulation, world=world)
