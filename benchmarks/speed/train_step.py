@@ -154,7 +154,7 @@ def write_tokenizer(folder: Path, model: str) -> Path:
         torch.manual_seed(0)
         weights = DalleEncoder(width, num_codes=codes).state_dict()
         state = {f"encoder.{name}": tensor for name, tensor in weights.items()}
-        write_safetensors(path, state, {"format": "pt", "cae_fast": json.dumps({"kind": "dalle"})})
+        write_safetensors(path, state, {"kind": "dalle"})
     return path
 
 
