@@ -43,7 +43,7 @@ from cae_fast.models.quantizers import VectorQuantizer, perplexity
 from cae_fast.output import say
 from cae_fast.settings import add_settings, load_run_config
 from cae_fast.training.checkpoint import consolidated
-from cae_fast.training.distributed import World, read_world
+from cae_fast.training.distributed import World, joined, read_world
 from cae_fast.training.engine import Engine
 from cae_fast.training.inputs import grouped, inputs_ahead
 from cae_fast.training.lock import locked
@@ -69,8 +69,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     config = load_run_config(TrainTokenizerConfig, args)
-    with locked(Path(config.train.run_dir)):
-        return train(prepare(config))
+    world, device = World(), choose_device(config.train)
+    with joined(world, device, config.train.timeout_seconds, alone=True), locked(Path(config.train.run_dir)):
+        return train(prepare(config, world, device))
 
 
 def train(job: "Job") -> int:
@@ -78,7 +79,7 @@ def train(job: "Job") -> int:
     run = job.run
     inputs = images_of(job, run.start_step, run.last_step)
     ending = run_steps(run, inputs, partial(take_step, job), partial(tokenizer_file, job.model))
-    return finish(job) if ending is None else ending
+    return run.world.on_main(lambda: finish(job)) if ending is None else ending
 
 
 def images_of(job: "Job", start: int, stop: int) -> Generator[tuple[list[tuple[Tensor]], float], None, None]:
@@ -250,12 +251,11 @@ class Job:
     use: CodeUse
 
 
-def prepare(config: TrainTokenizerConfig) -> Job:
+def prepare(config: TrainTokenizerConfig, world: World, device: torch.device) -> Job:
     """Check every setting, open the data, build the model and load what the run folder holds."""
     config.tokenizer = resolve_tokenizer(config.tokenizer)
     check_training(config)
     check_settings(config)
-    device, world = choose_device(config.train), World()
     kernels = kernel_backends(device)
 
     # What a step reads: images in the order of the plan, without masks.

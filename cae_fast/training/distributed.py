@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 HUNG = 75
 PATIENCE = timedelta(days=7)
+MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS")
 BUCKET = 2**27
 """Elements that one reduction takes together: 256 MiB of bfloat16."""
 
@@ -34,28 +35,36 @@ BUCKET = 2**27
 class Watchdog:
     """Ends the process with status 75 and every thread's stack when `beat` was not called for `seconds`.
 
-    A collective whose partner is gone can block for ever, and nothing in the blocked thread can notice.
+    A collective whose partner is gone, or a read from a dead disk, can block for ever, and nothing in the blocked
+    thread can notice.
     """
 
     def __init__(self, seconds: float, rank: int):
         self.seconds, self.rank = seconds, rank
         self.last: float | None = None  # the first beat starts it
+        self.closed = False
         threading.Thread(target=self._watch, daemon=True).start()
 
     def beat(self) -> None:
         self.last = time.monotonic()
 
+    def close(self) -> None:
+        """Nothing is watched any more."""
+        self.closed = True
+
     @contextmanager
     def paused(self) -> Generator[None, None, None]:
         before, self.last = self.last, None
-        yield
-        self.last = None if before is None else time.monotonic()
+        try:
+            yield
+        finally:
+            self.last = None if before is None else time.monotonic()
 
     def _watch(self) -> None:
-        while True:
+        while not self.closed:
             time.sleep(min(1.0, self.seconds / 4))
             last = self.last
-            if last is not None and time.monotonic() - last > self.seconds:
+            if last is not None and time.monotonic() - last > self.seconds and not self.closed:
                 log.error(
                     "process %d made no step for train.timeout_seconds=%g: it or another process hangs; stopped. "
                     "The same command continues from the last checkpoint. Where it stood:",
@@ -93,8 +102,10 @@ class World:
 
         Where it fails, process 0 raises its error and the others a UserError.
         """
-        if self.watchdog is None:
-            return function()
+        if self.size == 1:
+            with self.watchdog.paused() if self.watchdog is not None else nullcontext():
+                return function()
+        assert self.watchdog is not None
         outcome: list[Any] = [False, None]
         with self.watchdog.paused():
             try:
@@ -180,6 +191,11 @@ def read_world() -> World:
         # With --cpus-per-task a task sees its own cores only.
         shared = "SLURM_CPUS_PER_TASK" not in env
         local_size = env.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0].split(",")[0] if shared else "1"
+    elif count := next((name for name in MPI_SIZES if env.get(name, "1") != "1"), None):
+        raise UserError(
+            f"{count} is {env[count]}: mpirun started several processes, which do not know of each other here; start "
+            "them with torchrun or srun, or have mpirun set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT"
+        )
     else:
         return World()
 
@@ -193,7 +209,8 @@ def read_world() -> World:
     if size > 1 and not ("MASTER_ADDR" in env and "MASTER_PORT" in env):
         raise UserError(
             f"{names[1]} is {size}, but MASTER_ADDR and MASTER_PORT are not set. Under srun, export them before: "
-            'MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n1) MASTER_PORT=29500'
+            'MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n1) MASTER_PORT=29500; for one '
+            "process in an interactive shell of several tasks, set WORLD_SIZE=1 RANK=0"
         )
     return world
 
@@ -207,25 +224,23 @@ def joined(world: World, device: torch.device, timeout_seconds: float, alone: bo
     """
     if not world.main:
         logging.getLogger("cae_fast").setLevel(logging.WARNING)
-    if world.size == 1 and alone:
-        yield world
-        return
+    if world.size > 1 or not alone:
+        _connect(world, device, timedelta(seconds=timeout_seconds))
+        everyone = dist.new_group(backend="gloo", timeout=PATIENCE)
+        assert isinstance(everyone, dist.ProcessGroup)
+        world.patient = everyone
 
-    timeout = timedelta(seconds=timeout_seconds)
-    _connect(world, device, timeout)
-    everyone = dist.new_group(backend="gloo", timeout=PATIENCE)
-    assert isinstance(everyone, dist.ProcessGroup)
-    world.patient = everyone
-    if world.size > 1:
-        world.watchdog = Watchdog(timeout_seconds, world.rank)
-
+    world.watchdog = Watchdog(timeout_seconds, world.rank)
     try:
         yield world
     except BaseException as error:
         if world.size == 1:
             raise
         _end(error, world)
-    dist.destroy_process_group()
+    finally:
+        world.watchdog.close()
+    if world.patient is not None:
+        dist.destroy_process_group()
 
 
 def _connect(world: World, device: torch.device, timeout: timedelta) -> None:
@@ -234,15 +249,28 @@ def _connect(world: World, device: torch.device, timeout: timedelta) -> None:
         store = dist.HashStore()
         os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}  # DeepSpeed asks for them
     else:
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        address, port = os.environ["MASTER_ADDR"], meeting_port()
         served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        store = dist.TCPStore(address, port, world.size, is_master=world.main and not served, timeout=timeout)
+        try:
+            store = dist.TCPStore(address, port, world.size, is_master=world.main and not served, timeout=timeout)
+        except (RuntimeError, ValueError) as error:  # torch's errors of networks are RuntimeErrors
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"the {world.size} processes cannot meet at MASTER_ADDR={address} MASTER_PORT={port}: {reason}"
+            ) from error
     # After a restart, torchrun's store still holds what the processes before wrote.
     store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
     os.environ |= {"RANK": str(world.rank), "WORLD_SIZE": str(world.size), "LOCAL_RANK": str(device.index or 0)}
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
+
+
+def meeting_port() -> int:
+    text = os.environ["MASTER_PORT"]
+    if not text.isdecimal() or not 0 < int(text) < 2**16:
+        raise UserError(f"MASTER_PORT is {text!r} in the environment: it must be a number from 1 to 65535")
+    return int(text)
 
 
 def set_group_timeouts(timeout_seconds: float, world: World) -> None:

@@ -20,6 +20,7 @@ from cae_fast.commands.train_tokenizer import CodeUse, noise_seed, prepare, psnr
 from cae_fast.config import TrainTokenizerConfig
 from cae_fast.models.dvae import load_dvae
 from cae_fast.settings import field_docs, load_config
+from cae_fast.training.distributed import World
 from running import Program, metrics, same_tensors
 
 SMALL = (
@@ -184,7 +185,7 @@ def small_job(folder, *overrides):
     """A prepared run, and a step's two micro-batches of random images."""
     config = load_config(TrainTokenizerConfig, str(folder / "small.yaml"), [f"train.run_dir={folder}/api", *overrides])
     images = torch.randint(256, (6, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    return prepare(config), [(images,)] * 2
+    return prepare(config, World(), torch.device("cpu")), [(images,)] * 2
 
 
 def step_twice(job, inputs):
