@@ -213,7 +213,7 @@ def knn(task: Task) -> int:
 
     with closing(task.images(task.index)) as batches:
         known, labels = extract_features(features, batches)  # (M, D), (M,)
-    result = test(task, lambda x: knn_votes(known, labels, features(x), k, task.num_classes))
+    result = test(task, lambda x: knn_votes(known, labels, features(x), k=k, num_classes=task.num_classes))
     return report(task, result, step=0, train_images=len(labels))
 
 

@@ -112,7 +112,13 @@ def make_inputs(job: "Job", batch: Batch) -> StepInputs:
     view = images if batch.token_images is None else batch.token_images
     targets = job.encode(view, batch.masked_ids)  # (B, Nm, P or D), or codes (B, Nm)
     keep = drop_path_scales(job.run.config.train.seed, batch.positions, job.drop_path_rates)  # (L, B)
-    return StepInputs(images.to(job.dtype), batch.visible_ids, batch.masked_ids, targets, keep)
+    return StepInputs(
+        images=images.to(job.dtype),
+        visible_ids=batch.visible_ids,
+        masked_ids=batch.masked_ids,
+        targets=targets,
+        keep=keep,
+    )
 
 
 def take_step(job: "Job", inputs: list[StepInputs], step: int, lr: float) -> dict[str, Tensor]:

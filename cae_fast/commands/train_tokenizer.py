@@ -103,7 +103,7 @@ class TokenizerEngine(Engine):
     """An engine whose training state includes the model's buffers: the running means of a vq codebook."""
 
     def __init__(self, model: DiscreteVAE, optim: OptimConfig, precision: str, device: torch.device, accumulation: int):
-        super().__init__(model, optim, precision, device, accumulation)
+        super().__init__(model, optim, precision, device, accumulation=accumulation)
         if isinstance(model.quantizer, VectorQuantizer):
             model.quantizer.float()  # running means would stand still in bfloat16
         parameters = {name for name, _ in model.named_parameters()}

@@ -50,7 +50,7 @@ class Inspection:
         check_classes("probe.train and probe.test", train, test)
         train_x, train_y = extract_features(self.patch_features, self._labelled(train))
         test_x, test_y = extract_features(self.patch_features, self._labelled(test))
-        return knn_accuracy(train_x, train_y, test_x, test_y, probe.k, num_classes=len(train.classes))
+        return knn_accuracy(train_x, train_y, test_x, test_y, k=probe.k, num_classes=len(train.classes))
 
     def patch_features(self, images: Tensor) -> Tensor:
         tokens = self.model.encoder(self.normalize(images.to(self.device)).to(self.dtype))  # (B, N + 1, D)
@@ -69,20 +69,26 @@ class Inspection:
         if not isinstance(self.targets, PixelTargets) and not self.targets.has_decoder:
             log.info("no reconstructions.png: %s holds no decoder", self.config.target.tokenizer)
             return False
+
+        # Eight images from all over the set, masked as in training.
         index = self._probe_index(self.config.probe.test) if self.config.probe.test else self.index
         spread = torch.linspace(0, len(index) - 1, min(8, len(index))).long().tolist()
-        raw = next(labelled_loader(index, self.model.shape.image_size, 8, 0, spread))[0].to(self.device)
+        raw = next(labelled_loader(index, self.model.shape.image_size, batch_size=8, num_workers=0, sample_ids=spread))[
+            0
+        ].to(self.device)
         if not len(raw):
             raise UserError(f"none of eight images of {index.source} can be read")
         visible_ids, masked_ids = (ids.to(self.device) for ids in self.mask(torch.arange(len(raw))))
         images = self.normalize(raw)  # (8, 3, S, S)
+
+        # What the decoder says of the masked patches, as pixels.
         predicted = self.model.predict(images.to(self.dtype), visible_ids, masked_ids).float()  # (8, Nm, P or V)
         if isinstance(self.targets, PixelTargets):
             pixels = self.targets.decode(predicted, images, masked_ids).unflatten(-1, (-1, 3))
             pixels = self.normalize.invert(pixels.movedim(-1, 1)).movedim(1, -1).flatten(-2)
         else:
             pixels = self._picture_of_codes(self.targets, raw, predicted.argmax(-1), masked_ids)
-        save_reconstructions(out, raw.float() / 255, masked_ids, pixels, self.model.shape.patch_size)
+        save_reconstructions(out, raw.float() / 255, masked_ids, pixels, patch_size=self.model.shape.patch_size)
         return True
 
     def _picture_of_codes(self, tokenizer: Tokenizer, raw: Tensor, predicted: Tensor, masked_ids: Tensor) -> Tensor:

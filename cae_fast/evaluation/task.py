@@ -78,7 +78,14 @@ class Task:
         """This process's share of an index, cut as for validation, with labels; batches that lost all are left out."""
         workers = resolve_num_workers(self.config.data.num_workers, self.world.core_share)
         share, crop_pct = range(self.world.rank, len(index), self.world.size), self.config.validation.crop_pct
-        images = labelled_loader(index, self.image_size, self.micro_batch_size, workers, share, crop_pct)
+        images = labelled_loader(
+            index,
+            self.image_size,
+            batch_size=self.micro_batch_size,
+            num_workers=workers,
+            sample_ids=share,
+            crop_pct=crop_pct,
+        )
         with closing(images) as batches:
             yield from ((images, labels) for images, labels in batches if len(labels))
 
@@ -150,6 +157,8 @@ def check_settings(config: ClassifyConfig, processes: int = 1) -> None:
             raise UserError(f"head.{field.name} is {value!r}: --head {head.kind} does not read it")
     if head.features not in (None, "class_token", "patch_mean"):
         raise UserError(f"head.features is {head.features!r}: class_token or patch_mean")
+
+    # What the command cannot do.
     if config.data.backend not in ("auto", "cpu", "pil"):
         raise UserError(f"data.backend is {config.data.backend!r}: classify decodes with cpu or pil (auto: cpu)")
     if processes > 1 and (head.kind == "knn" or head.cache_features):
@@ -159,6 +168,8 @@ def check_settings(config: ClassifyConfig, processes: int = 1) -> None:
         raise UserError("train.zero, train.offload_optimizer and train.activation_checkpointing are for pretrain only")
     if config.train.init_from:
         raise UserError(f"train.init_from is {config.train.init_from}: give the encoder as encoder.path")
+
+    # Numbers out of range.
     if not 0 < config.validation.crop_pct <= 1 or config.validation.every_epochs < 1:
         raise UserError(
             f"validation.crop_pct is {config.validation.crop_pct}, validation.every_epochs "
@@ -169,6 +180,8 @@ def check_settings(config: ClassifyConfig, processes: int = 1) -> None:
             f"encoder.drop_path_rate is {config.encoder.drop_path_rate}, optim.momentum {optim.momentum}, "
             f"optim.layer_decay {optim.layer_decay}: from 0 to below 1 the first two, above 0 to 1 the third"
         )
+
+    # What goes with another head only.
     if head.kind not in HEADS or not HEADS[head.kind].trains_encoder:
         for name in ("drop_path_rate", "rel_pos_bias"):
             if getattr(config.encoder, name):

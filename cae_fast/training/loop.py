@@ -189,7 +189,7 @@ def save(run: Run, monitor: Monitor | None, step: int, publish: Publish | None) 
     def write() -> None:
         if not run.run_dir.is_dir():
             log.error("%s is gone: the checkpoint of step %d makes it anew; what it held is lost", run.run_dir, step)
-        save_state(run.run_dir, step, state, facts, keep)
+        save_state(run.run_dir, step, state, facts, keep=keep)
         if write_published is not None:
             write_published()
 

@@ -74,6 +74,8 @@ class Monitor:
         self.metrics_path = run_dir / "metrics.jsonl"
         run_dir.mkdir(parents=True, exist_ok=True)
         kept = drop_steps_after(self.metrics_path, start_step)
+
+        # What the run before this one left, and what this one counts.
         self.skipped_total = sum(line.get("event") == "skipped_step" for line in kept)
         self.consecutive_skips = 0
         self.last: dict[str, Any] | None = None
