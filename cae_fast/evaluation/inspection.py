@@ -73,7 +73,9 @@ class Inspection:
         # Eight images from all over the set, masked as in training.
         index = self._probe_index(self.config.probe.test) if self.config.probe.test else self.index
         spread = torch.linspace(0, len(index) - 1, min(8, len(index))).long().tolist()
-        raw = next(labelled_loader(index, self.model.shape.image_size, batch_size=8, num_workers=0, sample_ids=spread))[
+        side = self.model.shape.image_size
+        with closing(labelled_loader(index, side, batch_size=8, num_workers=0, sample_ids=spread)) as batches:
+            raw = next(batches)[0].to(self.device)
             0
         ].to(self.device)
         if not len(raw):
