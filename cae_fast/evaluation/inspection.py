@@ -76,8 +76,6 @@ class Inspection:
         side = self.model.shape.image_size
         with closing(labelled_loader(index, side, batch_size=8, num_workers=0, sample_ids=spread)) as batches:
             raw = next(batches)[0].to(self.device)
-            0
-        ].to(self.device)
         if not len(raw):
             raise UserError(f"none of eight images of {index.source} can be read")
         visible_ids, masked_ids = (ids.to(self.device) for ids in self.mask(torch.arange(len(raw))))
