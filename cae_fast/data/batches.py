@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from cae_fast.config import UserError
 from cae_fast.data.decode import DecodeError, Decoder, Pixels, decode_rgb, resized_crop
 from cae_fast.data.index import ImageIndex
+from cae_fast.data.patience import patiently
 from cae_fast.data.sampling import SamplingPlan
 
 MAX_ATTEMPTS = 16
@@ -146,14 +147,17 @@ class PlannedImages(Dataset[Batch | UserError]):
 
 
 def read_image(index: ImageIndex, sample_id: int, decode: Decode = decode_rgb) -> Pixels | str:
-    """The pixels of an image, uint8 (H, W, 3), or the reason why its file cannot be used."""
-    size = int(index.heights[sample_id]), int(index.widths[sample_id])
+    """The pixels of an image, uint8 (H, W, 3), or the reason why its file cannot be used.
+
+    Raises UserError where not the file but the machine is in trouble, also after waiting, or a tar file has changed.
+    """
+    size, path = (int(index.heights[sample_id]), int(index.widths[sample_id])), str(index.path(sample_id))
     try:
-        return decode(index.read(sample_id), size)
+        return patiently(path, lambda: decode(index.read(sample_id), size))
     except DecodeError as error:
         return str(error)
     except OSError as error:
-        return f"cannot be read: {error.strerror}"
+        return f"cannot be read: {error.strerror or error}"
 
 
 def data_loader(dataset: Dataset, places: Iterable, num_workers: int, pin_memory: bool = False) -> DataLoader:

@@ -143,27 +143,36 @@ def labelled_loader(
     """Images of the index (all, or sample_ids) in order with labels: (uint8 (B, 3, S, S), int64 (B,)), for evaluation.
 
     The shorter side is resized to image_size / crop_pct (bicubic), then the central square is cut out. A file that
-    cannot be used is left out of its batch and logged.
+    cannot be used is left out of its batch and logged. Raises UserError where the machine is in trouble.
     """
     sample_ids = range(len(index)) if sample_ids is None else sample_ids
     places = [sample_ids[start : start + batch_size] for start in range(0, len(sample_ids), batch_size)]
     loader = data_loader(_LabelledImages(index, image_size, crop_pct), places, num_workers)
     with closing(worker_items(loader)) as items:
-        for images, labels, failed in items:
+        for item in items:
+            if isinstance(item, UserError):
+                raise item
+            images, labels, failed = item
             for path, reason in failed:
                 logger.warning("data: %s: %s; left out", path, reason)
             yield images, labels
 
 
 @dataclass
-class _LabelledImages(Dataset[tuple[Tensor, Tensor, list[tuple[str, str]]]]):
+class _LabelledImages(Dataset[tuple[Tensor, Tensor, list[tuple[str, str]]] | UserError]):
     """Batches by the numbers of their images."""
 
     index: ImageIndex
     image_size: int
     crop_pct: float
 
-    def __getitem__(self, sample_ids: Sequence[int]) -> tuple[Tensor, Tensor, list[tuple[str, str]]]:
+    def __getitem__(self, sample_ids: Sequence[int]) -> tuple[Tensor, Tensor, list[tuple[str, str]]] | UserError:
+        try:
+            return self.load(sample_ids)
+        except UserError as error:
+            return error  # raised by the main process, without a worker's traceback
+
+    def load(self, sample_ids: Sequence[int]) -> tuple[Tensor, Tensor, list[tuple[str, str]]]:
         images, labels, failed = [], [], []
         for i in sample_ids:
             pixels = read_image(self.index, i)
