@@ -5,13 +5,8 @@ H, W height and width in pixels.
 """
 
 import copy
-import ctypes
-import multiprocessing
-import os
 import random
-import signal
-import threading
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -21,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from cae_fast.config import UserError
 from cae_fast.data.decode import DecodeError, Decoder, Pixels, decode_rgb, resized_crop
@@ -160,29 +155,6 @@ def read_image(index: ImageIndex, sample_id: int, decode: Decode = decode_rgb) -
         return f"cannot be read: {error.strerror or error}"
 
 
-def data_loader(dataset: Dataset, places: Iterable, num_workers: int, pin_memory: bool = False) -> DataLoader:
-    """dataset[place] for each place in order, made by worker processes that leave signals to the main process."""
-    return DataLoader(
-        dataset,
-        batch_size=None,
-        sampler=places,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        worker_init_fn=_start_worker,
-        generator=torch.Generator(),  # the default one would take a number from the global generator
-    )
-
-
-def worker_items(loader: DataLoader) -> Generator[Any, None, None]:
-    """What the loader yields; its workers end with this generator, whatever ends it."""
-    iterator: Any = iter(loader)
-    try:
-        yield from iterator
-    finally:
-        if loader.num_workers:
-            iterator._shutdown_workers()  # garbage collection comes too late when someone keeps an error's traceback
-
-
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     """The global random numbers as `seed` makes them, and afterwards as they were."""
@@ -196,28 +168,3 @@ def _seeded(seed: int) -> Iterator[None]:
         random.setstate(states[0])
         np.random.set_state(states[1])  # noqa: NPY002
         torch.set_rng_state(states[2])
-
-
-def _start_worker(worker_id: int) -> None:
-    # Ctrl-C and a scheduler's SIGTERM reach every process of a run; only the main process decides what they mean.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    main_process = multiprocessing.parent_process()
-    if main_process is not None and hasattr(signal, "sigwaitinfo"):  # macOS has none: there SIGTERM ends the workers
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_when_told_by, args=(main_process.pid,), daemon=True).start()
-    torch.set_num_threads(1)
-    _keep_freed_memory()
-
-
-def _end_when_told_by(main_process: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main_process:
-        pass
-    os._exit(0)
-
-
-def _keep_freed_memory() -> None:
-    """Let malloc use an image's memory for the next one; glibc gives it back, and its page faults cost a fifth."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
-    if mallopt is not None:
-        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, the most that glibc allows
-        mallopt(-1, 64 << 20)  # M_TRIM_THRESHOLD
