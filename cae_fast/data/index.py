@@ -1,15 +1,12 @@
 """The index of a folder of images or of images in tar files: scanned once, then memory-mapped."""
 
-import fcntl
 import glob
 import hashlib
 import logging
 import os
 import shutil
 import tempfile
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,7 @@ from cae_fast.data.bundled import bundled_path
 from cae_fast.data.folder import Folder
 from cae_fast.data.headers import EXTENSIONS
 from cae_fast.data.index_files import FORMAT_VERSIONS, damaged, map_arrays, read_meta, verify, write_index
+from cae_fast.data.locking import only_one
 from cae_fast.data.shards import Shards, find_shards
 from cae_fast.data.source import Source
 from cae_fast.files import sync
@@ -187,10 +185,11 @@ def build_index(
 
 def _build(source: Source, out: Path, max_pixels: int, num_threads: int, replace: bool) -> ImageIndex:
     out.parent.mkdir(parents=True, exist_ok=True)
-    with _only_one(out):
+    with only_one(out) as alone:
         if not replace and (index := _whole_index(out)) is not None:
             return index
-        _remove_leftovers(out)
+        if alone:
+            _remove_leftovers(out)
         temporary = _new_folder(out)
         try:
             num_images, num_bad = write_index(source, temporary, max_pixels, num_threads)
@@ -210,50 +209,8 @@ def _no_images(source: Source, out: Path, temporary: Path, num_bad: int) -> str:
     return f"{source} holds no usable image: all {num_bad} image files are bad, see {report}"
 
 
-@contextmanager
-def _only_one(out: Path) -> Iterator[None]:
-    """Wait while another process makes the same index; the kernel ends that when it dies."""
-    path = out.with_name(f".{out.name}.lock")
-    with _locked(path) as locked:
-        try:
-            yield
-        finally:
-            if locked:
-                path.unlink(missing_ok=True)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[bool]:
-    """A file that this process alone has locked; False where the file system cannot."""
-    told = False
-    while True:
-        with open(path, "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if not told:
-                    logger.info("index: another process has locked %s: waiting for it", path)
-                told = True
-            except OSError as error:
-                logger.warning("index: %s cannot be locked (%s)", path, error.strerror)
-                yield False
-                return
-            else:
-                if _is(path, lock.fileno()):  # its last owner may have deleted it meanwhile
-                    yield True
-                    return
-        time.sleep(0.1)
-
-
-def _is(path: Path, descriptor: int) -> bool:
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
-
-
 def _remove_leftovers(out: Path) -> None:
-    """What scans that were killed left; none is under way, as this process holds the lock."""
+    """What scans that were killed left."""
     for end in ("tmp", "old"):
         for leftover in out.parent.glob(f".{glob.escape(out.name)}.*.{end}"):
             shutil.rmtree(leftover, ignore_errors=True)

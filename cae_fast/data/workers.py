@@ -85,9 +85,7 @@ def _is_death(workers: list[Any], error: Exception) -> bool:
 
 def _death(workers: list[Any], error: str) -> str:
     ended = [str(worker.exitcode) for worker in workers if worker.exitcode]
-    how = (
-        f"ended (status {', '.join(ended)})" if ended else f"could not hand on a batch ({error.splitlines()[0][:200]})"
-    )
+    how = f"ended (status {', '.join(ended)})" if ended else f"lost a batch ({' '.join(error.split())[:200]})"
     return (
         f"data: a worker process {how}: memory ran out, or shared memory did, {_of_shared_memory()}: give the "
         "container more (docker run --shm-size=8g), or set data.num_workers=0"
