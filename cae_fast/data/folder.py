@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -138,14 +137,15 @@ def _kind(entry: os.DirEntry[bytes]) -> tuple[bool, str]:
 
 
 def _states(root: bytes, files: list[tuple[bytes, str | None]]) -> bytes:
-    lines = []
-    for path, reason in files:
-        try:
-            status = patiently(os.fsdecode(path), partial(os.stat, os.path.join(root, path)))
-            lines.append(b"%b\0%d %d\0" % (path, status.st_size, status.st_mtime_ns))
-        except OSError as error:
-            lines.append(b"%b\0%b\0" % (path, os.fsencode(reason or str(error.strerror))))
-    return b"".join(lines)
+    return b"".join(b"%b\0%b\0" % (path, _state(os.path.join(root, path), reason)) for path, reason in files)
+
+
+def _state(path: bytes, reason: str | None) -> bytes:
+    try:
+        status = patiently(os.fsdecode(path), lambda: os.stat(path))
+    except OSError as error:
+        return os.fsencode(reason or str(error.strerror))
+    return b"%d %d" % (status.st_size, status.st_mtime_ns)
 
 
 def inspect_file(path: bytes, max_pixels: int) -> Found:

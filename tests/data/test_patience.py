@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -208,3 +209,39 @@ def test_a_stale_descriptor_is_opened_again(tars, tmp_path, waits, monkeypatch):
         index.read(0)
     assert shards_module._opened.cache_info().currsize == 0
     assert np.array_equal(open_index(index.folder).read(0), content)
+
+
+@pytest.mark.parametrize("times", [3, 10**6])
+def test_a_network_in_trouble(tars, tmp_path, waits, monkeypatch, times):
+    memory = fsspec.filesystem("memory")
+    for i in range(3):
+        memory.pipe_file(f"/unsteady/{i}.tar", (tars / f"{i}.tar").read_bytes())
+    source = find_source(["memory://unsteady"])
+    index = build_index(source, tmp_path / "x.index", 10_000)
+    content = index.read(0)
+
+    class Reset(Exception):
+        """As each package for a protocol has its own."""
+
+    def unsteady(function, failed):
+        def call(*arguments, **options):
+            if len(failed) < times:
+                failed.append(1)
+                raise Reset("connection reset")
+            return function(*arguments, **options)
+
+        return call
+
+    for name in ("open", "info", "cat_file"):
+        with monkeypatch.context() as patch:
+            patch.setattr(type(memory), name, unsteady(getattr(type(memory), name), []))
+            use = {
+                "open": lambda: build_index(source, tmp_path / "again.index", 10_000).fingerprint == index.fingerprint,
+                "info": lambda: source.states() == index.states,
+                "cat_file": lambda: patiently("x", lambda: index.read(0)) == content,
+            }[name]
+            if times == 3:
+                assert use()
+            else:
+                with pytest.raises(UserError, match="cannot be read: Reset: connection reset; tried again for 13 s"):
+                    use()
