@@ -17,7 +17,7 @@ from cae_fast.data.bundled import bundled_path
 from cae_fast.data.folder import Folder
 from cae_fast.data.headers import EXTENSIONS
 from cae_fast.data.index_files import FORMAT_VERSIONS, damaged, map_arrays, read_meta, verify, write_index
-from cae_fast.data.locking import only_one
+from cae_fast.data.locking import is_being_made, only_one
 from cae_fast.data.shards import Shards, find_shards
 from cae_fast.data.source import Source
 from cae_fast.files import sync
@@ -189,7 +189,7 @@ def _build(source: Source, out: Path, max_pixels: int, num_threads: int, replace
         if not replace and (index := _whole_index(out)) is not None:
             return index
         if alone:
-            _remove_leftovers(out)
+            _remove_leftovers(out, every=not replace)
         temporary = _new_folder(out)
         try:
             num_images, num_bad = write_index(source, temporary, max_pixels, num_threads)
@@ -209,10 +209,11 @@ def _no_images(source: Source, out: Path, temporary: Path, num_bad: int) -> str:
     return f"{source} holds no usable image: all {num_bad} image files are bad, see {report}"
 
 
-def _remove_leftovers(out: Path) -> None:
-    """What scans that were killed left."""
-    for end in ("tmp", "old"):
-        for leftover in out.parent.glob(f".{glob.escape(out.name)}.*.{end}"):
+def _remove_leftovers(out: Path, every: bool) -> None:
+    """What scans that were killed left, or `every` index in its folder that no process makes."""
+    for leftover in out.parent.glob(".*.index.*.*" if every else f".{glob.escape(out.name)}.*.*"):
+        name = leftover.name[1:].rpartition(".")[0].rpartition(".")[0]
+        if leftover.suffix in (".tmp", ".old") and (name == out.name or not is_being_made(out.with_name(name))):
             shutil.rmtree(leftover, ignore_errors=True)
 
 

@@ -17,13 +17,29 @@ def only_one(out: Path) -> Iterator[bool]:
 
     False where the file system knows no locks: then others may be at work.
     """
-    path = out.with_name(f".{out.name}.lock")
+    path = _lock_of(out)
     with _locked(path) as locked:
         try:
             yield locked
         finally:
             if locked:
                 path.unlink(missing_ok=True)
+
+
+def is_being_made(out: Path) -> bool:
+    """Whether a process makes `out` just now; also True where the file system knows no locks."""
+    try:
+        with open(_lock_of(out)) as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
+def _lock_of(out: Path) -> Path:
+    return out.with_name(f".{out.name}.lock")
 
 
 @contextmanager

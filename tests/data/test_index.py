@@ -402,9 +402,13 @@ def test_leftovers_of_killed_scans_are_removed(two_images, tmp_path):
     for end in (f"{os.getpid()}.tmp", "abc.tmp", "7.old"):  # in containers the process id is the same each time
         write(folder.parent / f".{folder.name}.{end}", {"paths.npy": b""})
     (folder.parent / f".{folder.name}.lock").touch()
-    write(folder.parent / ".other.index.1.tmp", {"paths.npy": b""})  # another scan's, perhaps under way
-    assert len(index_for(data, run)) == 2
-    assert sorted(path.name for path in folder.parent.iterdir()) == sorted([folder.name, ".other.index.1.tmp"])
+    for name in (".dead.index.1.tmp", ".alive.index.1.tmp"):  # of scans of other images, or of these before
+        write(folder.parent / name, {"paths.npy": b""})
+    with open(folder.parent / ".alive.index.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert len(index_for(data, run)) == 2
+    left = sorted(path.name for path in folder.parent.iterdir())
+    assert left == [".alive.index.1.tmp", ".alive.index.lock", folder.name]
     assert folder.stat().st_mode & 0o777 == (folder.parent).stat().st_mode & 0o777
 
 
