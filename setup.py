@@ -44,10 +44,11 @@ setup(
     package_data={"cae_fast.data": ["bundled/**/*"]},
     install_requires=[
         "torch>=2.11",
+        "fsspec>=2024.6.1",
         "numpy>=2.0",
         "omegaconf>=2.3",
         "safetensors>=0.5",
-        "pillow>=11.0",
+        "pillow>=11.3",
         "simplejpeg>=1.8",
         "rich>=13.9",
         "matplotlib>=3.9",

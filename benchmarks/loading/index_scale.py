@@ -21,7 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-from cae_fast.data.index import ImageIndex, write_arrays
+from cae_fast.data.index import ImageIndex
+from cae_fast.data.index_files import write_arrays
 from cae_fast.data.sampling import SamplingPlan
 from cae_fast.data.shards import Shards
 from cae_fast.files import write_text
@@ -87,8 +88,16 @@ def write_synthetic_index(folder: Path, images: int, shards: int) -> None:
     }
     names = [f"n{i:08d}" for i in range(shards)]
     (folder / "bad_files.tsv").touch()
-    shards_of = Shards([f"/data/imagenet22k/{name}.tar" for name in names])
-    write_arrays(folder, shards_of, arrays, names, num_bad=0, max_pixels=100_000_000)
+    write_arrays(
+        folder,
+        Shards([f"/data/imagenet22k/{name}.tar" for name in names]),
+        arrays,
+        states=[""] * shards,
+        classes=names,
+        num_bad=0,
+        max_pixels=100_000_000,
+        left_out=[],
+    )
 
 
 def measure(folder: Path, shuffle: str, args: argparse.Namespace) -> dict[str, float | str]:

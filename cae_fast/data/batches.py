@@ -5,13 +5,8 @@ H, W height and width in pixels.
 """
 
 import copy
-import ctypes
-import multiprocessing
-import os
 import random
-import signal
-import threading
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -21,11 +16,12 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from cae_fast.config import UserError
 from cae_fast.data.decode import DecodeError, Decoder, Pixels, decode_rgb, resized_crop
 from cae_fast.data.index import ImageIndex
+from cae_fast.data.patience import patiently
 from cae_fast.data.sampling import SamplingPlan
 
 MAX_ATTEMPTS = 16
@@ -146,37 +142,17 @@ class PlannedImages(Dataset[Batch | UserError]):
 
 
 def read_image(index: ImageIndex, sample_id: int, decode: Decode = decode_rgb) -> Pixels | str:
-    """The pixels of an image, uint8 (H, W, 3), or the reason why its file cannot be used."""
-    size = int(index.heights[sample_id]), int(index.widths[sample_id])
+    """The pixels of an image, uint8 (H, W, 3), or the reason why its file cannot be used.
+
+    Raises UserError where not the file but the machine is in trouble, also after waiting, or a tar file has changed.
+    """
+    size, path = (int(index.heights[sample_id]), int(index.widths[sample_id])), str(index.path(sample_id))
     try:
-        return decode(index.read(sample_id), size)
+        return patiently(path, lambda: decode(index.read(sample_id), size))
     except DecodeError as error:
         return str(error)
     except OSError as error:
-        return f"cannot be read: {error.strerror}"
-
-
-def data_loader(dataset: Dataset, places: Iterable, num_workers: int, pin_memory: bool = False) -> DataLoader:
-    """dataset[place] for each place in order, made by worker processes that leave signals to the main process."""
-    return DataLoader(
-        dataset,
-        batch_size=None,
-        sampler=places,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        worker_init_fn=_start_worker,
-        generator=torch.Generator(),  # the default one would take a number from the global generator
-    )
-
-
-def worker_items(loader: DataLoader) -> Generator[Any, None, None]:
-    """What the loader yields; its workers end with this generator, whatever ends it."""
-    iterator: Any = iter(loader)
-    try:
-        yield from iterator
-    finally:
-        if loader.num_workers:
-            iterator._shutdown_workers()  # garbage collection comes too late when someone keeps an error's traceback
+        return f"cannot be read: {error.strerror or error}"
 
 
 @contextmanager
@@ -192,28 +168,3 @@ def _seeded(seed: int) -> Iterator[None]:
         random.setstate(states[0])
         np.random.set_state(states[1])  # noqa: NPY002
         torch.set_rng_state(states[2])
-
-
-def _start_worker(worker_id: int) -> None:
-    # Ctrl-C and a scheduler's SIGTERM reach every process of a run; only the main process decides what they mean.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    main_process = multiprocessing.parent_process()
-    if main_process is not None and hasattr(signal, "sigwaitinfo"):  # macOS has none: there SIGTERM ends the workers
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_when_told_by, args=(main_process.pid,), daemon=True).start()
-    torch.set_num_threads(1)
-    _keep_freed_memory()
-
-
-def _end_when_told_by(main_process: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main_process:
-        pass
-    os._exit(0)
-
-
-def _keep_freed_memory() -> None:
-    """Let malloc use an image's memory for the next one; glibc gives it back, and its page faults cost a fifth."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
-    if mallopt is not None:
-        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, the most that glibc allows
-        mallopt(-1, 64 << 20)  # M_TRIM_THRESHOLD

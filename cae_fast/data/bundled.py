@@ -7,11 +7,13 @@ PNG files, so that it goes through the same loader as any other folder of images
 import gzip
 import hashlib
 import os
+import shutil
 import struct
 import tempfile
 from pathlib import Path
 
 from cae_fast.config import UserError
+from cae_fast.data.locking import only_one
 
 BUNDLED_NAMES = ("fashion-mnist/train", "fashion-mnist/test", "photographs")
 CLASS_NAMES = ("tshirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
@@ -50,17 +52,29 @@ def _unpacked_fashion_mnist() -> Path:
 
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".unpacking-", dir=cache) as temporary:
-            complete = Path(temporary) / folder.name
-            for split, archive in _ARCHIVES.items():
-                _write_pngs(archive, complete / split)
-            _rename_unless_present(complete, folder)
+        with only_one(folder) as alone:
+            if not folder.is_dir():
+                _unpack(cache, folder, alone)
     except OSError as error:
         raise UserError(
             f"cannot unpack the bundled images into {cache} ({error.strerror or error}); "
             "set CAE_FAST_CACHE to a folder that can be written"
         ) from error
     return folder
+
+
+def _unpack(cache: Path, folder: Path, alone: bool) -> None:
+    from cae_fast.files import sync  # here, because most runs import this module and never unpack
+
+    for leftover in cache.glob(".unpacking-*") if alone else ():
+        shutil.rmtree(leftover, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=".unpacking-", dir=cache) as temporary:
+        complete = Path(temporary) / folder.name
+        for split, archive in _ARCHIVES.items():
+            _write_pngs(archive, complete / split)
+        os.sync()  # once for all: 70,000 times fsync would take minutes
+        _rename_unless_present(complete, folder)
+    sync(cache)
 
 
 def _cache_folder() -> Path:

@@ -29,8 +29,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cae_fast.config import UserError
-from cae_fast.data.batches import Batch, PlannedImages, Replaced, worker_items
+from cae_fast.data.batches import Batch, PlannedImages, Replaced
 from cae_fast.data.decode import Pixels, decode_rgb
+from cae_fast.data.workers import worker_items
 
 logger = logging.getLogger(__name__)
 

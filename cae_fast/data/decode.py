@@ -10,6 +10,7 @@ Legend: H, W height and width in pixels.
 """
 
 import io
+import warnings
 import zlib
 from collections.abc import Sequence
 from typing import Literal
@@ -24,10 +25,16 @@ from PIL import Image, UnidentifiedImageError
 # The limit on an image's size is data.max_pixels: the index leaves larger files out, and decode_rgb refuses a file
 # whose size is not the index's. Pillow's own fixed limit would refuse what a user allows.
 Image.MAX_IMAGE_PIXELS = None
+# What is wrong with a TIFF's other tags is no news; its pixels are judged by decoding them.
+warnings.filterwarnings("ignore", module="PIL.TiffImagePlugin")
 
-PIL_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
+PIL_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "JPEG2000")
 GZIP_MAGIC = b"\x1f\x8b"
 MAX_UNZIPPED_BYTES = 1 << 30
+MAX_UNZIPPED_RATIO, MIN_UNZIPPED_BYTES = (
+    32,
+    64 << 20,
+)  # photographs hardly shrink: a small file of a large one is a bomb
 
 # torch has mode="lanczos" from 2.12 on; before that, Pillow does it (2 to 4 times slower).
 TORCH_HAS_LANCZOS = hasattr(torch.ops.aten, "_upsample_lanczos2d_aa")
@@ -42,12 +49,13 @@ class DecodeError(ValueError):
 
 
 def decode_rgb(data: bytes, size: tuple[int, int] | None = None, decoder: Decoder = "cpu") -> Pixels:
-    """Decode JPEG, PNG, WebP or BMP bytes (also gzipped ones) to RGB pixels, uint8 (H, W, 3).
+    """Decode image bytes of PIL_FORMATS (also gzipped ones), the first of several, to RGB pixels, uint8 (H, W, 3).
 
     Pixels are those of Pillow's convert("RGB"): gray is repeated, palettes are looked up, CMYK is converted, alpha is
-    dropped. Samples of 16 bits keep their upper 8 (value // 256). EXIF orientation is ignored.
+    dropped. Gray samples of 16 bits keep the upper 8 of the bits that the image uses: of 8, 10, 12, 14 or 16, the least
+    that hold its largest sample (scanners write 12 bits into 16). EXIF orientation is ignored.
     With `size` (height, width), a file of another size raises before it is decoded.
-    Raises DecodeError for whatever is unreadable, truncated or in another format.
+    Raises DecodeError for whatever is unreadable, truncated or in another format, MemoryError where memory is short.
     """
     if data[:2] == GZIP_MAGIC:
         data = gunzip(data)
@@ -57,14 +65,15 @@ def decode_rgb(data: bytes, size: tuple[int, int] | None = None, decoder: Decode
 
 
 def gunzip(data: bytes) -> bytes:
-    """The content of a gzip file. Raises DecodeError when it is damaged, truncated or over 1 GiB."""
+    """The content of a gzip file. Raises DecodeError when it is damaged, truncated or much larger than an image."""
     stream = zlib.decompressobj(wbits=31)
+    limit = min(MAX_UNZIPPED_BYTES, max(MIN_UNZIPPED_BYTES, MAX_UNZIPPED_RATIO * len(data)))
     try:
-        content = stream.decompress(data, MAX_UNZIPPED_BYTES)
+        content = stream.decompress(data, limit)
     except zlib.error as error:
         raise DecodeError(f"damaged gzip data: {error}") from error
     if not stream.eof:
-        raise DecodeError("gzip data is truncated or unpacks to more than 1 GiB")
+        raise DecodeError(f"gzip data is truncated or unpacks to more than {limit >> 20} MiB")
     return content
 
 
@@ -82,24 +91,55 @@ def _decode_jpeg(data: bytes, size: tuple[int, int] | None) -> Pixels:
         # libjpeg fills what is missing with gray and only warns; its other warnings are harmless and Pillow's to judge.
         if "premature end" in str(error).lower():
             raise DecodeError("truncated JPEG") from error
+        if "insufficient memory" in str(error).lower():
+            raise MemoryError from error
         return _decode_pil(data, size)
 
 
 def _decode_pil(data: bytes, size: tuple[int, int] | None) -> Pixels:
     try:
-        with Image.open(io.BytesIO(data), formats=PIL_FORMATS) as image:
+        with open_image(data, PIL_FORMATS) as image:
             _check_size((image.height, image.width), size)
+            if image.mode == "F":
+                raise DecodeError("has floating-point samples, whose range is unknown")
             if image.mode.startswith("I"):
-                gray = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
-                return np.repeat(gray[:, :, None], 3, axis=2)
+                return np.repeat(_upper_8_bits(np.asarray(image).astype(np.int64))[:, :, None], 3, axis=2)
             image.info.pop("transparency", None)  # alpha is dropped: spare Pillow's warning about palettes with alpha
             return np.array(image.convert("RGB"))
-    except DecodeError:
+    except (DecodeError, MemoryError):
         raise
     except UnidentifiedImageError as error:
         raise DecodeError("not an image, or one with a broken header") from error
     except Exception as error:  # Pillow's decoders raise any type: OSError, SyntaxError, ValueError, struct.error ...
+        if "out of memory" in str(error):
+            raise MemoryError from error
         raise DecodeError(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
+
+
+def _upper_8_bits(gray: NDArray[np.int64]) -> Pixels:
+    bits = int(gray.max()).bit_length()
+    return (gray >> max(0, min(16, bits + bits % 2) - 8)).clip(0, 255).astype(np.uint8)
+
+
+def open_image(data: bytes, formats: tuple[str, ...]) -> Image.Image:
+    """Pillow's image of a file's bytes, whatever the size of the color profile and the texts in a PNG."""
+    try:
+        return Image.open(io.BytesIO(data), formats=formats)
+    except ValueError as error:
+        if "MAX_TEXT" not in str(error) and "too large" not in str(error):
+            raise
+        return Image.open(io.BytesIO(_without_texts(data)), formats=formats)
+
+
+def _without_texts(png: bytes) -> bytes:
+    """The chunks of a PNG that Pillow's pixels depend on: it refuses long texts and profiles in others."""
+    kept, place = [png[:8]], 8
+    while place < len(png):
+        end = place + 12 + int.from_bytes(png[place : place + 4], "big")
+        if png[place + 4 : place + 8] not in (b"iCCP", b"iTXt", b"tEXt", b"zTXt", b"eXIf"):
+            kept.append(png[place:end])
+        place = end
+    return b"".join(kept)
 
 
 def _check_size(found: tuple[int, int], expected: tuple[int, int] | None) -> None:

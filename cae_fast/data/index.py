@@ -1,53 +1,28 @@
-"""The index of a folder of images or of images in tar files: scanned once, then memory-mapped.
+"""The index of a folder of images or of images in tar files: scanned once, then memory-mapped."""
 
-An index is a folder of its own, outside the images:
-
-    meta.json         format, root (folder) or shards (tar files), classes, counts, fingerprint, ...
-    bad_files.tsv     path and reason of every image file that cannot be used (tab, newline and backslash escaped)
-    paths.npy         the good files' paths below the root or in their tar file, joined, uint8
-    path_offsets.npy  int64 (n + 1,): where in paths.npy each begins
-    heights.npy, widths.npy, labels.npy   int32 (n,): pixels, pixels, class (-1 without one)
-    sizes.npy         int64 (n,): bytes
-    offsets.npy       int64 (n,), tar files only: first byte of an image in its tar file
-    shard_starts.npy  int64 (shards + 1,), tar files only: the first image of each tar file
-
-Arrays are opened as read-only memory maps, so opening takes no time and processes share the memory.
-"""
-
-import errno
+import glob
 import hashlib
-import json
+import logging
 import os
 import shutil
-from array import array
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from cae_fast import __version__
 from cae_fast.config import DataConfig, UserError
 from cae_fast.data.bundled import bundled_path
 from cae_fast.data.folder import Folder
 from cae_fast.data.headers import EXTENSIONS
+from cae_fast.data.index_files import FORMAT_VERSIONS, damaged, map_arrays, read_meta, verify, write_index
+from cae_fast.data.locking import is_being_made, only_one
 from cae_fast.data.shards import Shards, find_shards
-from cae_fast.data.source import Entry, Source
+from cae_fast.data.source import Source
+from cae_fast.files import sync
 
-FORMAT = "cae_fast image index"
-FORMAT_VERSIONS = {"root": 1, "shards": 2}  # by where meta.json says what the source is
-ARRAYS: dict[str, Any] = {
-    "paths": np.uint8,
-    "path_offsets": np.int64,
-    "heights": np.int32,
-    "widths": np.int32,
-    "sizes": np.int64,
-    "labels": np.int32,
-}
-SHARD_ARRAYS: dict[str, Any] = {"offsets": np.int64, "shard_starts": np.int64}
+logger = logging.getLogger(__name__)
 
 
 class ImageIndex:
@@ -55,44 +30,39 @@ class ImageIndex:
 
     Attributes: folder, source (Folder or Shards), classes (names, by label), heights, widths, labels int32 (n,), sizes
     int64 (n,), shard_starts (the first image of each tar file, int64 (shards + 1,); None for a folder), fingerprint
-    (sha256 of the content, wherever it lies), num_bad, max_pixels.
+    (sha256 of the content, wherever it lies), num_bad, max_pixels, left_out (lines on what is no image), states.
+    Raises UserError where the folder is none or is damaged: with `whole` all bytes are looked at.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, whole: bool = False) -> None:
         self.folder = Path(folder)
-        meta = _read_meta(self.folder)
+        meta = read_meta(self.folder)
         if meta is None:
             raise UserError(f"{self.folder} is not an index folder: write one with `cae-fast index`")
-        if meta["version"] != FORMAT_VERSIONS["shards" if "shards" in meta else "root"]:
+        if meta.get("version") != FORMAT_VERSIONS["shards" if "shards" in meta else "root"]:
             raise UserError(
-                f"index {self.folder} has format version {meta['version']}, unknown to this program: make it again"
+                f"index {self.folder} has format version {meta.get('version')}, unknown to this program: make it again"
             )
-        self.source: Source = Shards(meta["shards"]) if "shards" in meta else Folder(meta["root"])
-        self.classes: list[str] = meta["classes"]
-        self.fingerprint: str = meta["fingerprint"]
-        self.num_bad: int = meta["num_bad"]
-        self.max_pixels: int = meta["max_pixels"]
-        self.created: str = meta["created"]
+        try:
+            self.states: list[str] = meta.get("states", [])  # older indexes have none
+            self.source: Source = (
+                Shards(list(meta["shards"]), self.states) if "shards" in meta else Folder(Path(meta["root"]))
+            )
+            self.classes: list[str] = list(meta["classes"])
+            self.fingerprint: str = meta["fingerprint"]
+            self.num_bad, self.max_pixels = int(meta["num_bad"]), int(meta["max_pixels"])
+            self.left_out: list[str] = list(meta.get("left_out", []))
+            self.created: str = meta["created"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise damaged(self.folder, f"meta.json: {error}") from error
 
-        arrays = self._map_arrays(meta["num_images"])
+        arrays = map_arrays(self.folder, meta)
+        if whole:
+            verify(self.folder, meta, arrays)
         self._paths, self._path_offsets = arrays["paths"], arrays["path_offsets"]
         self.heights, self.widths = arrays["heights"], arrays["widths"]
         self.sizes, self.labels = arrays["sizes"], arrays["labels"]
         self._offsets, self.shard_starts = arrays.get("offsets"), arrays.get("shard_starts")
-
-    def _map_arrays(self, num_images: int) -> dict[str, np.ndarray]:
-        dtypes = ARRAYS | SHARD_ARRAYS if self.source.names else ARRAYS
-        try:
-            arrays = {name: np.load(self.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in dtypes}
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self.folder} is a damaged index ({error}); delete it to scan again") from error
-
-        expected = dict.fromkeys(dtypes, num_images)
-        expected |= {"paths": int(arrays["path_offsets"][-1]), "path_offsets": num_images + 1}
-        expected["shard_starts"] = len(self.source.names) + 1
-        if any(arrays[name].dtype != dtype or len(arrays[name]) != expected[name] for name, dtype in dtypes.items()):
-            raise UserError(f"{self.folder} is a damaged index (arrays do not fit together); delete it to scan again")
-        return arrays
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -101,7 +71,7 @@ class ImageIndex:
         bad = f"{self.num_bad:,} bad files (listed in {self.bad_files})" if self.num_bad else "no bad files"
         classes = f"{len(self.classes):,} classes" if self.classes else "no classes"
         scan = f"scanned {self.created} into {self.folder} (delete it to scan again)"
-        return f"{self.source}: {len(self):,} images, {classes}, {bad}; {scan}"
+        return "; ".join([f"{self.source}: {len(self):,} images, {classes}, {bad}", *self.left_out, scan])
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ImageIndex, (self.folder,)
@@ -127,35 +97,49 @@ class ImageIndex:
         return 0 if self.shard_starts is None else int(np.searchsorted(self.shard_starts, i, side="right")) - 1
 
 
-def _read_meta(folder: Path) -> dict[str, Any] | None:
-    """meta.json of an index folder; None where it is none."""
-    try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return meta if isinstance(meta, dict) and meta.get("format") == FORMAT else None
-
-
 def open_index(path: str | Path) -> ImageIndex:
-    """Open an index folder. Raises UserError when it is none, is damaged, or its images are gone."""
-    index = ImageIndex(Path(path))
+    """Open an index folder. Raises UserError when it is none, is damaged, or its images are gone or have changed."""
+    index = ImageIndex(Path(path), whole=True)
     if gone := index.source.gone():
         raise UserError(f"index {path}: {gone}, does not exist")
+    if not index.states:
+        logger.warning("index %s is older than the check whether its images changed: make it again to have it", path)
+    elif changed := _changed(index.source, index.states, index.source.states()):
+        raise UserError(f"index {path}: {changed} changed since it was scanned: make it again with `cae-fast index`")
     return index
+
+
+def _changed(source: Source, before: list[str], now: list[str]) -> str | None:
+    if before == now:
+        return None
+    changed = [name for name, old, new in zip(source.names, before, now, strict=False) if old != new]
+    return f"{changed[0]} ({len(changed)} of {len(now)} tar files)" if changed else f"files in {source}"
 
 
 def index_for(data: DataConfig, run_dir: Path) -> ImageIndex:
     """The index that a run uses: data.index, or that of data.path, made on first use beside the run folder.
 
-    It is made anew (beside the old one, which other runs may be using) when a tar file changed, or when files were
-    added to or removed from the folder or a folder on its first level.
+    It is made anew (beside the old one, which other runs may be using) when the name, size or time of any image or tar
+    file changed; and in place where it is damaged.
     """
     if data.index:
         return open_index(data.index)
     source = resolve_data_path(data.path)
-    key = hashlib.sha256(os.fsencode("\0".join([*source.states(), str(data.max_pixels)]))).hexdigest()[:8]
-    folder = Path(os.path.abspath(run_dir)).parent / "indexes" / f"{source.name or 'root'}-{key}.index"
-    return open_index(folder) if folder.exists() else build_index(source, folder, data.max_pixels, replace=False)
+    source.check(folder := Path(os.path.abspath(run_dir)).parent / "indexes")
+    key = hashlib.sha256(os.fsencode("\0".join([str(source), *source.states(), str(data.max_pixels)]))).hexdigest()[:8]
+    folder /= f"{source.name or 'root'}-{key}.index"
+    return _whole_index(folder) or build_index(source, folder, data.max_pixels, replace=False)
+
+
+def _whole_index(folder: Path) -> ImageIndex | None:
+    """The index that a run made, None where there is none or a damaged one."""
+    if not folder.exists():
+        return None
+    try:
+        return ImageIndex(folder, whole=True)
+    except UserError as error:
+        logger.warning("index: %s: made again", error)
+        return None
 
 
 def resolve_data_path(path: str) -> Folder | Shards:
@@ -163,16 +147,16 @@ def resolve_data_path(path: str) -> Folder | Shards:
     if not path:
         raise UserError("data.path is empty: set it to a folder of images, to tar files or to bundled:NAME")
     if path.startswith("bundled:"):
-        return Folder(bundled_path(path.removeprefix("bundled:")))
+        return Folder(Path(os.path.abspath(bundled_path(path.removeprefix("bundled:")))))
     source = find_source([path])
-    if isinstance(source, Folder) and not source.is_dir():
+    if isinstance(source, Folder) and not source.root.is_dir():
         raise UserError(f"data.path={path}: is not a folder and no tar file")
     return source
 
 
 def find_source(names: Sequence[str]) -> Folder | Shards:
     """The tar files that the names stand for, else the one folder."""
-    return find_shards(names) or Folder(os.path.abspath(Path(names[0]).expanduser()))
+    return find_shards(names) or Folder(Path(os.path.abspath(Path(names[0]).expanduser())))
 
 
 def build_index(
@@ -188,20 +172,32 @@ def build_index(
     Raises UserError when source is no folder, holds no usable image, contains `out`, or `out` is something else.
     """
     out = Path(os.path.abspath(out))
-    source = Folder(os.path.abspath(source)) if isinstance(source, Path) else source
+    source = Folder(Path(os.path.abspath(source))) if isinstance(source, Path) else source
     source.check(out)
-    if out.exists() and _read_meta(out) is None:
+    if replace and out.exists() and read_meta(out) is None:
         raise UserError(f"{out} exists and is not an index: choose another place for the index")
 
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True)
     try:
-        num_images, num_bad = _write_index(source, temporary, max_pixels, num_threads)
-        if not num_images:
-            raise UserError(_no_images(source, out, temporary, num_bad))
-        _put_in_place(temporary, out, replace)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        return _build(source, out, max_pixels, num_threads, replace)
+    except OSError as error:  # of writing: those of reading are known by now
+        raise UserError(f"index {out}: cannot be written: {error.strerror or error}") from error
+
+
+def _build(source: Source, out: Path, max_pixels: int, num_threads: int, replace: bool) -> ImageIndex:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with only_one(out) as alone:
+        if not replace and (index := _whole_index(out)) is not None:
+            return index
+        if alone:
+            _remove_leftovers(out, every=not replace)
+        temporary = _new_folder(out)
+        try:
+            num_images, num_bad = write_index(source, temporary, max_pixels, num_threads)
+            if not num_images:
+                raise UserError(_no_images(source, out, temporary, num_bad))
+            _put_in_place(temporary, out)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
     return ImageIndex(out)
 
 
@@ -213,97 +209,28 @@ def _no_images(source: Source, out: Path, temporary: Path, num_bad: int) -> str:
     return f"{source} holds no usable image: all {num_bad} image files are bad, see {report}"
 
 
-def _put_in_place(temporary: Path, out: Path, replace: bool) -> None:
-    try:
+def _remove_leftovers(out: Path, every: bool) -> None:
+    """What scans that were killed left, or `every` index in its folder that no process makes."""
+    for leftover in out.parent.glob(".*.index.*.*" if every else f".{glob.escape(out.name)}.*.*"):
+        name = leftover.name[1:].rpartition(".")[0].rpartition(".")[0]
+        if leftover.suffix in (".tmp", ".old") and (name == out.name or not is_being_made(out.with_name(name))):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _new_folder(out: Path) -> Path:
+    # Random, not the process id: in containers that is often the same.
+    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
+    os.umask(mask := os.umask(0))
+    folder.chmod(0o777 & ~mask)  # mkdtemp's is private, but others may want to use an index
+    return folder
+
+
+def _put_in_place(temporary: Path, out: Path) -> None:
+    if out.exists():
+        os.rename(out, old := _new_folder(out))
         os.rename(temporary, out)
-    except OSError as error:
-        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-            raise
-        if replace:
-            old = out.with_name(f".{out.name}.{os.getpid()}.old")
-            os.rename(out, old)
-            os.rename(temporary, out)
-            shutil.rmtree(old)
-
-
-def _write_index(source: Source, folder: Path, max_pixels: int, num_threads: int) -> tuple[int, int]:
-    """Scan and write all files of an index; returns the numbers of images and of bad files."""
-    Image.init()  # loads Pillow's decoders before threads use them
-    with (
-        ThreadPoolExecutor(num_threads) as pool,
-        open(folder / "bad_files.tsv", "w", encoding="utf-8", errors="surrogateescape", newline="\n") as bad_files,
-    ):
-        arrays, classes, num_bad = _collect(source.scan(max_pixels, pool), len(source.names), bad_files)
-    write_arrays(folder, source, arrays, classes=classes, num_bad=num_bad, max_pixels=max_pixels)
-    return len(arrays["labels"]), num_bad
-
-
-def _collect(
-    entries: Iterable[Entry], num_shards: int, bad_files: TextIO
-) -> tuple[dict[str, np.ndarray], list[str], int]:
-    """The arrays of the good images and the names of the classes; bad ones are written to bad_files and counted."""
-    paths, path_offsets = bytearray(), array("q", [0])
-    heights, widths, labels = (array("i") for _ in range(3))
-    sizes, offsets = array("q"), array("q")
-    shard_counts, num_bad = np.zeros(max(1, num_shards), np.int64), 0
-    names: dict[bytes, int] = {}
-
-    for path, found, label, shard, offset in entries:
-        if isinstance(label, bytes):  # also of a bad image, so that no class's number depends on what is bad
-            label = -2 - names.setdefault(label, len(names))  # below -1: told from the numbers in label files
-        if isinstance(found, str):
-            bad_files.write(f"{_escape(os.fsdecode(path))}\t{_escape(found)}\n")
-            num_bad += 1
-            continue
-        paths += path
-        path_offsets.append(len(paths))
-        labels.append(-1 if label is None else label)
-        for values, value in zip((heights, widths, sizes), found, strict=True):
-            values.append(value)
-        offsets.append(offset)
-        shard_counts[shard] += 1
-
-    bytes_of_paths, shard_starts = np.frombuffer(paths, np.uint8), np.append(0, shard_counts.cumsum())
-    columns = (bytes_of_paths, path_offsets, heights, widths, sizes, labels, offsets, shard_starts)
-    arrays = {name: np.asarray(column) for name, column in zip(ARRAYS | SHARD_ARRAYS, columns, strict=True)}
-
-    # Where there are label files, only they count.
-    highest = int(arrays["labels"].max(initial=-1))
-    named = arrays["labels"] < -1
-    if highest < 0:
-        arrays["labels"][named] = -2 - arrays["labels"][named]
-        return arrays, [os.fsdecode(name) for name in names], num_bad
-    arrays["labels"][named] = -1
-    return arrays, [str(label) for label in range(highest + 1)], num_bad
-
-
-def write_arrays(
-    folder: Path, source: Source, arrays: dict[str, np.ndarray], classes: list[str], num_bad: int, max_pixels: int
-) -> None:
-    """Write all of an index but bad_files.tsv into a folder that exists; arrays by the names of their files.
-
-    Of the arrays, a folder of images needs no offsets and shard_starts.
-    """
-    digest = hashlib.sha256(json.dumps(classes).encode())
-    for name, dtype in (ARRAYS | SHARD_ARRAYS if source.names else ARRAYS).items():
-        contents = np.ascontiguousarray(arrays[name], dtype)
-        digest.update(contents.data)
-        np.save(folder / f"{name}.npy", contents, allow_pickle=False)
-
-    meta = {
-        "format": FORMAT,
-        "version": FORMAT_VERSIONS["shards" if source.names else "root"],
-        "cae_fast": __version__,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        **({"shards": source.names} if source.names else {"root": str(source)}),
-        "max_pixels": max_pixels,
-        "num_images": len(arrays["labels"]),
-        "num_bad": num_bad,
-        "fingerprint": digest.hexdigest(),
-        "classes": classes,
-    }
-    (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
-
-
-def _escape(text: str) -> str:
-    return text.translate({0x5C: "\\\\", 0x09: "\\t", 0x0A: "\\n", 0x0D: "\\r"})
+        sync(out.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        os.rename(temporary, out)
+        sync(out.parent)

@@ -16,12 +16,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cae_fast.config import UserError
-from cae_fast.data.batches import Augment, Batch, Mask, PlannedImages, data_loader, read_image, worker_items
+from cae_fast.data.batches import Augment, Batch, Mask, PlannedImages, read_image
 from cae_fast.data.dali import EncodedImages, decoded_batches
 from cae_fast.data.decode import Decoder, resize_and_center_crop
 from cae_fast.data.index import ImageIndex
 from cae_fast.data.masking import no_mask
 from cae_fast.data.sampling import SamplingPlan
+from cae_fast.data.workers import data_loader, worker_items
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +71,8 @@ def pretrain_loader(
     A file that fails is replaced by plan.replacement and logged; `.close()` (or dropping the generator) ends the
     worker processes. They ignore SIGINT, and SIGTERM from others than the main process, so that it can finish its
     step.
-    Raises UserError for sizes that do not divide, and while iterating when 16 files in a row fail.
+    Raises UserError for sizes that do not divide and where shared memory is too small for the workers; and while
+    iterating when 16 files in a row fail, a worker dies, or the machine is in trouble for longer than a few seconds.
     """
     share = plan.global_batch_size // world_size
     if micro_batch_size < 1 or plan.global_batch_size % (world_size * micro_batch_size):
@@ -91,8 +93,11 @@ def pretrain_loader(
     starts = range(rank * share, (rank + 1) * share, micro_batch_size)
     places = ((step, start, start + micro_batch_size) for step in range(start_step, stop_step) for start in starts)
     if decoder != "dali":
-        return _announced(worker_items(data_loader(images, places, num_workers, pin_memory)))
-    loader = data_loader(EncodedImages(images), places, num_workers)
+        batch_bytes = micro_batch_size * 3 * (image_size**2 + (token_size or 0) ** 2)
+        loader = data_loader(images, places, num_workers, batch_bytes=batch_bytes, pin_memory=pin_memory)
+        return _announced(worker_items(loader))
+    batch_bytes = micro_batch_size * int(index.sizes[:: max(1, len(index) // 1000)].mean())
+    loader = data_loader(EncodedImages(images), places, num_workers, batch_bytes=batch_bytes)
     batches = decoded_batches(
         loader, images, device=torch.device(device), batch_size=micro_batch_size, micro_batches=len(starts)
     )
@@ -143,27 +148,37 @@ def labelled_loader(
     """Images of the index (all, or sample_ids) in order with labels: (uint8 (B, 3, S, S), int64 (B,)), for evaluation.
 
     The shorter side is resized to image_size / crop_pct (bicubic), then the central square is cut out. A file that
-    cannot be used is left out of its batch and logged.
+    cannot be used is left out of its batch and logged. Raises UserError where the machine is in trouble.
     """
     sample_ids = range(len(index)) if sample_ids is None else sample_ids
     places = [sample_ids[start : start + batch_size] for start in range(0, len(sample_ids), batch_size)]
-    loader = data_loader(_LabelledImages(index, image_size, crop_pct), places, num_workers)
+    dataset = _LabelledImages(index, image_size, crop_pct)
+    loader = data_loader(dataset, places, num_workers, batch_bytes=batch_size * 3 * image_size**2)
     with closing(worker_items(loader)) as items:
-        for images, labels, failed in items:
+        for item in items:
+            if isinstance(item, UserError):
+                raise item
+            images, labels, failed = item
             for path, reason in failed:
                 logger.warning("data: %s: %s; left out", path, reason)
             yield images, labels
 
 
 @dataclass
-class _LabelledImages(Dataset[tuple[Tensor, Tensor, list[tuple[str, str]]]]):
+class _LabelledImages(Dataset[tuple[Tensor, Tensor, list[tuple[str, str]]] | UserError]):
     """Batches by the numbers of their images."""
 
     index: ImageIndex
     image_size: int
     crop_pct: float
 
-    def __getitem__(self, sample_ids: Sequence[int]) -> tuple[Tensor, Tensor, list[tuple[str, str]]]:
+    def __getitem__(self, sample_ids: Sequence[int]) -> tuple[Tensor, Tensor, list[tuple[str, str]]] | UserError:
+        try:
+            return self.load(sample_ids)
+        except UserError as error:
+            return error  # raised by the main process, without a worker's traceback
+
+    def load(self, sample_ids: Sequence[int]) -> tuple[Tensor, Tensor, list[tuple[str, str]]]:
         images, labels, failed = [], [], []
         for i in sample_ids:
             pixels = read_image(self.index, i)

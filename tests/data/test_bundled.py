@@ -207,3 +207,11 @@ def test_importing_the_module_does_not_load_image_or_array_libraries():
         [sys.executable, "-c", program], env={"PYTHONPATH": str(root)}, capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == "set()"
+
+
+def test_what_killed_unpackings_left_is_removed(monkeypatch, tmp_path):
+    monkeypatch.setenv("CAE_FAST_CACHE", str(tmp_path))
+    monkeypatch.setattr(bundled, "_write_pngs", lambda archive, folder: folder.mkdir(parents=True))
+    (tmp_path / ".unpacking-abc" / "fashion-mnist-x" / "train").mkdir(parents=True)
+    folder = bundled_path("fashion-mnist/test")
+    assert list(tmp_path.iterdir()) == [folder.parent]

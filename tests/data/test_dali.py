@@ -196,7 +196,7 @@ def bad_files(photograph, encode):
     return {
         "empty": b"",
         "html": b"<!DOCTYPE html><html>404</html>",
-        "gif": encode(image, "GIF"),
+        "ppm": encode(image, "PPM"),
         "another size": encode(photograph(160, 120), "JPEG"),
         "another size, png": encode(photograph(12, 12), "PNG"),
         "truncated": jpeg[:middle],

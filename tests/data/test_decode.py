@@ -9,7 +9,7 @@ from PIL import Image
 import cae_fast.data
 from cae_fast.data import decode
 from cae_fast.data.decode import DecodeError, decode_rgb, resize, resize_and_center_crop, resized_crop
-from data_files import good_files, pillow_pixels
+from data_files import good_files, pillow_pixels, png
 
 BUNDLED = sorted((Path(cae_fast.data.__file__).parent / "bundled" / "photographs").glob("*.jpg"))
 PIL_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANCZOS}
@@ -47,7 +47,7 @@ def test_one_pixel(encode):
 
 def test_truncated_files_fail_wherever_they_are_cut():
     for kind, data in good_files(120, 91).items():
-        if kind in ("garbage behind.jpg", "two pictures.jpg", "animated.png", "animated.webp"):
+        if "behind" in kind or "two" in kind or "animated" in kind or kind == "trailer.png":
             continue  # the first picture ends before the file
         for share in (0.02, 0.3, 0.6, 0.97):
             cut = data[: int(share * len(data))]
@@ -94,9 +94,26 @@ def test_no_image_at_all(data):
         decode_rgb(data)
 
 
-def test_gif_is_refused(photograph, encode):
-    with pytest.raises(DecodeError):
-        decode_rgb(encode(photograph(20, 20), "GIF"))
+def test_other_formats_are_refused(photograph, encode):
+    for format in ("PPM", "ICO", "TGA"):
+        with pytest.raises(DecodeError):
+            decode_rgb(encode(photograph(20, 20), format))
+    with pytest.raises(DecodeError, match="floating-point"):
+        decode_rgb(encode(Image.fromarray(np.zeros((4, 4), np.float32)), "TIFF"))
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+def test_gray_samples_of_any_depth_keep_their_upper_8_bits(bits):
+    values = np.linspace(0, 2**bits - 1, 300).astype(np.uint16).reshape(10, 30)
+    expected = (values.astype(int) * 256 // 2**bits).astype(np.uint8)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    for decoder in ("cpu", "pil"):
+        assert np.array_equal(decode_rgb(png(30, 10, 16, 0, rows), decoder=decoder)[:, :, 1], expected)
+
+
+def test_a_bomb_is_not_unpacked():
+    with pytest.raises(DecodeError, match="unpacks to more than 64 MiB"):
+        decode_rgb(gzip.compress(bytes(65 << 20)))
 
 
 def test_damaged_gzip(photograph, encode):
