@@ -1,12 +1,12 @@
 """One process at a time makes an index or unpacks a data set, so that what killed ones left may be deleted."""
 
-import fcntl
 import logging
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from cae_fast.locks import lock, unlock
 
 logger = logging.getLogger(__name__)
 
@@ -17,56 +17,34 @@ def only_one(out: Path) -> Iterator[bool]:
 
     False where the file system knows no locks: then others may be at work.
     """
-    path = _lock_of(out)
-    with _locked(path) as locked:
+    path, told = _lock_of(out), False
+    while True:
         try:
-            yield locked
-        finally:
-            if locked:
-                path.unlink(missing_ok=True)
+            handle = lock(path)
+            break
+        except BlockingIOError:
+            if not told:
+                logger.info("another process has locked %s: waiting for it", path)
+            told = True
+            time.sleep(0.1)
+    try:
+        yield handle is not None
+    finally:
+        unlock(path, handle)
 
 
 def is_being_made(out: Path) -> bool:
     """Whether a process makes `out` just now; also True where the file system knows no locks."""
-    try:
-        with open(_lock_of(out)) as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except FileNotFoundError:
+    path = _lock_of(out)
+    if not path.exists():
         return False
+    try:
+        handle = lock(path)
     except OSError:
         return True
-    return False
+    unlock(path, handle)
+    return handle is None
 
 
 def _lock_of(out: Path) -> Path:
     return out.with_name(f".{out.name}.lock")
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[bool]:
-    """A file that this process alone has locked; False where the file system cannot."""
-    told = False
-    while True:
-        with open(path, "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if not told:
-                    logger.info("another process has locked %s: waiting for it", path)
-                told = True
-            except OSError as error:
-                logger.warning("%s cannot be locked (%s)", path, error.strerror)
-                yield False
-                return
-            else:
-                if _is(path, lock.fileno()):  # its last owner may have deleted it meanwhile
-                    yield True
-                    return
-        time.sleep(0.1)
-
-
-def _is(path: Path, descriptor: int) -> bool:
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
