@@ -1,10 +1,10 @@
 """Worker processes: opened where their queues fit into shared memory, ended with their reader, missed when they die."""
 
 import ctypes
-import errno
 import multiprocessing
 import multiprocessing.queues
 import os
+import re
 import signal
 import threading
 from collections.abc import Generator, Iterable
@@ -84,11 +84,11 @@ def _is_death(workers: list[Any], error: Exception) -> bool:
 
 
 def _death(workers: list[Any], error: str) -> str:
-    ended = [str(worker.exitcode) for worker in workers if worker.exitcode]
-    how = f"ended (status {', '.join(ended)})" if ended else f"lost a batch ({' '.join(error.split())[:200]})"
+    ended = [f"{code}{f', {os.strerror(code)}' * (code > 1)}" for worker in workers if (code := worker.exitcode)]
+    how = f"ended (status {'; '.join(ended)})" if ended else f"lost a batch ({' '.join(error.split())[:200]})"
     return (
-        f"data: a worker process {how}: memory ran out, or shared memory did, {_of_shared_memory()}: give the "
-        "container more (docker run --shm-size=8g), or set data.num_workers=0"
+        f"data: a worker process {how}: memory, open files (ulimit -n) or shared memory ran out, "
+        f"{_of_shared_memory()}: allow more (docker run --shm-size=8g), or set data.num_workers=0"
     )
 
 
@@ -118,7 +118,8 @@ def _start_worker(worker_id: int) -> None:
 
 
 def _end(error: Exception, batch: Any) -> None:
-    os._exit(errno.ENOSPC if "shared memory" in str(error) else 1)
+    number = re.search(r"\((\d+)\)\s*$", str(error))  # torch's errors end with the system's
+    os._exit(int(number[1]) if number else getattr(error, "errno", None) or 1)
 
 
 def _end_when_told_by(main_process: int) -> None:

@@ -69,7 +69,7 @@ def test_a_batch_that_cannot_be_handed_on_ends_the_run(capfd):
     items = list(worker_items(data_loader(Numbers(), [0, 1, -1, 3, 4], 1, batch_bytes=8000)))
     assert [int(item[0]) for item in items[:-1]] in ([], [0], [0, 1])  # what the worker had handed on when it died
     assert isinstance(items[-1], UserError)
-    assert "a worker process ended (status 1)" in str(items[-1])
+    assert "a worker process ended (status 1" in str(items[-1])
     assert_names_the_remedy(items[-1])
     assert capfd.readouterr().err == ""  # no worker's traceback
 
@@ -120,7 +120,7 @@ def test_shared_memory_that_is_full(tmp_path):
     result = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=120)
     if "mount" in result.stderr or "unshare" in result.stderr:
         pytest.skip(f"needs the right to mount: {result.stderr.strip()}")
-    assert "status 28" in result.stdout
+    assert "status 28, No space left on device" in result.stdout
     assert_names_the_remedy(result.stdout.strip())
     assert "Traceback" not in result.stderr
 
