@@ -84,10 +84,11 @@ class MaskConfig:
 class DataConfig:
     path: str = ""
     """A folder of images (nested or flat), tar files of images (a folder of them, a glob, a range as
-    shards/{000000..013999}.tar, or URLs that fsspec reads), or `bundled:NAME` for images that ship with the package."""
+    shards/{000000..013999}.tar, or URLs: http, s3, gs, az, hf ...), or `bundled:NAME` for images that ship with the
+    package."""
     index: str | None = None
-    """Index folder written by `cae-fast index`; empty: made on first use and kept beside the run folder, and again
-    when a tar file or an entry of the folder's first two levels was added or removed."""
+    """Index folder written by `cae-fast index`, refused where its images changed since; empty: made on first use and
+    kept beside the run folder, and made again where name, size or time of an image or tar file changed."""
     shuffle: str = "global"
     """global (any image may follow any other; for fast disks), or shard (tar files only; for hard disks, networks and
     object stores): a few tar files in random order are read at a time, each nearly from front to back."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cae_fast import __version__
 from cae_fast.config import ClassifyConfig, HeadConfig, UserError
-from cae_fast.data.index import ImageIndex, index_for
+from cae_fast.data.index import ImageIndex
 from cae_fast.data.loader import labelled_loader, resolve_num_workers
 from cae_fast.data.normalize import Normalize
 from cae_fast.evaluation.augmentation import import_eval
@@ -102,7 +102,7 @@ def prepare_task(config: ClassifyConfig, world: World, device: torch.device) -> 
     # Labelled images of the same classes to train and to test on.
     index = open_index(config, world)
     validation = replace(config.data, path=config.validation.path, index=config.validation.index)
-    validation_index = world.main_first(lambda: index_for(validation, Path(config.train.run_dir)))
+    validation_index = shared_index(validation, Path(config.train.run_dir), world)
     log.info("validation: %s", validation_index)
     for name, part in (("data", index), ("validation", validation_index)):
         if part.labels.min() < 0:

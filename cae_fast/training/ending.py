@@ -9,6 +9,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
+from cae_fast.config import UserError
 from cae_fast.files import survive_disk, write_text
 from cae_fast.training.checkpoint import state_files
 from cae_fast.training.monitor import Monitor
@@ -38,6 +39,8 @@ class StopRequest:
         self.requested = ""
         self.previous: dict[int, Any] = {}
         self.waiting = False
+        self.failure: UserError | None = None
+        """Why a process that is alone got no more data."""
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
@@ -46,7 +49,8 @@ class StopRequest:
         return self
 
     def until_requested(self, items: Iterator[Item], alone: bool) -> Iterator[Item]:
-        """The items, up to a request to stop that comes while one is waited for: a read may never return.
+        """The items, up to a request to stop that comes while one is waited for, for a read may never return, or up
+        to a UserError, which becomes `failure`: what was trained so far can then be saved.
 
         Only a process that is `alone` may end like this; of several, the others would wait for it.
         """
@@ -57,6 +61,11 @@ class StopRequest:
                     return
                 item = next(items)
             except (StopIteration, Stopped):
+                return
+            except UserError as error:
+                if not alone:
+                    raise
+                self.failure = error
                 return
             finally:
                 self.waiting = False

@@ -151,6 +151,8 @@ def run_steps(
             save(run, monitor, step, publish)
         world.on_main(run.saver.wait)
 
+    if stop.failure is not None:
+        raise stop.failure
     if verdict == STOP_DIVERGED:
         return world.on_main(lambda: diverged(run.run_dir, step))
     if world.on_main(lambda: run.saver.failed):

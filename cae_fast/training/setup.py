@@ -92,10 +92,15 @@ def kernel_backends(device: torch.device) -> dict[str, str]:
 
 
 def open_index(config: RunConfig, world: World) -> ImageIndex:
-    """The images of a run; process 0 scans them where no index is there yet."""
-    index = world.main_first(lambda: index_for(config.data, Path(config.train.run_dir)))
+    """The images of a run; process 0 looks for changes, and scans them where no index is there yet."""
+    index = shared_index(config.data, Path(config.train.run_dir), world)
     log.info("data: %s", index)
     return index
+
+
+def shared_index(data: DataConfig, run_dir: Path, world: World) -> ImageIndex:
+    """The index that process 0 opens or makes, on every process."""
+    return ImageIndex(world.on_main(lambda: index_for(data, run_dir).folder))
 
 
 def set_normalization(data: DataConfig, state: Path | None, weights: str | None) -> tuple[list[float], list[float]]:
