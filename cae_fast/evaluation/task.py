@@ -34,6 +34,7 @@ from cae_fast.training.setup import (
     micro_batch_size,
     open_index,
     set_normalization,
+    shared_index,
 )
 
 log = logging.getLogger(__name__)

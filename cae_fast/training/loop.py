@@ -147,7 +147,7 @@ def run_steps(
         if stop.requested and world.size == 1 and verdict == GO_ON:
             verdict = STOP  # asked while it waited for data
         # The files for others may be older than the state: something ended this program between them.
-        if verdict != STOP_DIVERGED and (saved != step or not world.on_main(lambda: is_published(run, step))):
+        if step and verdict != STOP_DIVERGED and (saved != step or not world.on_main(lambda: is_published(run, step))):
             save(run, monitor, step, publish)
         world.on_main(run.saver.wait)
 

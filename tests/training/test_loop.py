@@ -214,3 +214,26 @@ def test_every_file_of_ours_is_held_against_its_digest(tmp_path):
     with pytest.raises(UserError, match="damaged"):
         read_weights(tmp_path / "a.safetensors")
     assert json.dumps(read_header(tmp_path / "a.safetensors")) == '{"kind": "x"}'
+
+
+def test_a_run_whose_data_fails_saves_what_it_has(workplace):
+    """The images go away in the middle of a run: the state after the last step is there, and one line says why."""
+    from PIL import Image
+
+    (workplace / "d").mkdir()
+    for number in range(6):
+        Image.new("RGB", (40, 40), (40 * number, 90, 9)).save(workplace / "d" / f"{number}.png")
+    settings = ["data.path=d", "train.global_batch_size=6", "optim.epochs=100000", "checkpoint.every_epochs=100000"]
+    process = program.start(workplace, *settings)
+    metrics = workplace / "run/metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and len(metrics.read_text().splitlines()) > 2):
+        time.sleep(0.05)
+    for path in (workplace / "d").iterdir():
+        path.write_bytes(b"")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2, output
+    assert "Traceback" not in output
+    assert "files in a row cannot be used" in output.splitlines()[-1]
+    (step, _), *_ = state_files(workplace / "run")
+    assert step > 0
+    assert read_header(workplace / "run/model.safetensors")["step"] == step
