@@ -237,3 +237,18 @@ def test_a_run_whose_data_fails_saves_what_it_has(workplace):
     (step, _), *_ = state_files(workplace / "run")
     assert step > 0
     assert read_header(workplace / "run/model.safetensors")["step"] == step
+
+
+@pytest.mark.slow
+def test_a_process_alone_that_hangs_is_ended(workplace):
+    """By the watchdog, with every thread's stack; the same command continues from the last checkpoint."""
+    faulty = ROOT / "tests/distributed/faulty_program.py"
+    arguments = [sys.executable, str(faulty), "pretrain", "small.yaml", "train.timeout_seconds=8"]
+    done = subprocess.run(
+        arguments, cwd=workplace, env=environment(FAULT="hang:0:6"), capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 75, done.stderr
+    assert "made no step for train.timeout_seconds=8" in done.stderr
+    assert "in happen" in done.stderr  # where it stood
+    assert [step for step, _ in state_files(workplace / "run")] == [4]
+    assert "resumed from" in program.finish(workplace)
