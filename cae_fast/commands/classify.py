@@ -38,7 +38,7 @@ from cae_fast.evaluation.finetune import add_relative_position_bias
 from cae_fast.evaluation.heads import HEADS, SETTINGS
 from cae_fast.evaluation.knn_probe import extract_features, knn_votes
 from cae_fast.evaluation.optimizer import ClassifierOptimizer
-from cae_fast.evaluation.task import Task, prepare_task, report, test
+from cae_fast.evaluation.task import Task, check_settings, prepare_task, report, test
 from cae_fast.files import write_safetensors, write_text
 from cae_fast.models.flops import block_flops
 from cae_fast.models.vit import drop_path_rates
@@ -67,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
     config = load_run_config(ClassifyConfig, args)
     config.head.kind = args.head
     world = read_world()
+    check_settings(config, world.size)
     device = choose_device(config.train, world.local_rank)
     with (
         joined(world, device, config.train.timeout_seconds, alone=True),
