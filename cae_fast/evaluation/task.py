@@ -170,6 +170,9 @@ def check_settings(config: ClassifyConfig, processes: int = 1) -> None:
     if config.train.init_from:
         raise UserError(f"train.init_from is {config.train.init_from}: give the encoder as encoder.path")
 
+    if not (config.validation.path or config.validation.index):
+        raise UserError("validation.path is empty: set it to labelled images to test on")
+
     # Numbers out of range.
     if not 0 < config.validation.crop_pct <= 1 or config.validation.every_epochs < 1:
         raise UserError(

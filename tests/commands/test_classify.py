@@ -333,7 +333,7 @@ def test_more_images_than_gradients_need_the_same_step(place):
         ("linear", ["validation.crop_pct=0"], "validation.crop_pct is 0.0"),
         ("linear", ["validation.path="], "validation.path"),
         ("linear", ["optim.momentum=1.0"], "optim.momentum 1.0"),
-        ("linear", ["optim.layer_decay=0"], "optim.layer_decay 0.0"),
+        ("linear", ["optim.layer_decay=0"], "optim.layer_decay is 0.0"),
         ("linear", ["optim.momentun=1.0"], "unknown setting optim.momentun; the nearest valid one is optim.momentum"),
         ("linear", ["train.zero=1"], "train.zero"),
         ("linear", ["train.init_from=x"], "train.init_from is x: give the encoder as encoder.path"),
@@ -364,7 +364,7 @@ def test_another_encoder_or_setting_is_another_experiment(place, capsys, tmp_pat
     run(place, "attentive", "changed", "optim.epochs=2", "optim.lr=0.1", status=2)
     assert "optim.lr was 0.5, is 0.1" in capsys.readouterr().err
     run(place, "finetune", "changed", "optim.epochs=2", status=2)
-    assert "head.kind was attentive, is finetune" in capsys.readouterr().err
+    assert "holds the results of --head attentive: choose another train.run_dir" in capsys.readouterr().err
     torch.manual_seed(1)
     save_model(tmp_path, ContextAutoencoder(MODEL, 48, False).state_dict(), {"config": {"model": vars(MODEL)}})
     run(place, "attentive", "changed", "optim.epochs=2", f"encoder.path={tmp_path / 'encoder.safetensors'}", status=2)
