@@ -101,6 +101,8 @@ def prepare_task(config: ClassifyConfig, world: World, device: torch.device) -> 
     encoder = load_encoder(config.encoder.path, config.encoder.image_size)
 
     # Labelled images of the same classes to train and to test on.
+    if not (config.validation.path or config.validation.index):
+        raise UserError("validation.path is empty: set it to labelled images to test on")
     index = open_index(config, world)
     validation = replace(config.data, path=config.validation.path, index=config.validation.index)
     validation_index = shared_index(validation, Path(config.train.run_dir), world)
@@ -169,9 +171,6 @@ def check_settings(config: ClassifyConfig, processes: int = 1) -> None:
         raise UserError("train.zero, train.offload_optimizer and train.activation_checkpointing are for pretrain only")
     if config.train.init_from:
         raise UserError(f"train.init_from is {config.train.init_from}: give the encoder as encoder.path")
-
-    if not (config.validation.path or config.validation.index):
-        raise UserError("validation.path is empty: set it to labelled images to test on")
 
     # Numbers out of range.
     if not 0 < config.validation.crop_pct <= 1 or config.validation.every_epochs < 1:
