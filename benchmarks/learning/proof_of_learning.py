@@ -140,7 +140,8 @@ def pretrain(images: ImageSet, variant: str, seed: int, steps: int, folder: Path
     recipe = folder / "pretrain.yaml"
     recipe.write_text(PRETRAIN)
     settings = [*images.settings, *images.data, f"data.path={images.train}", f"train.seed={seed}"]
-    settings += [f"train.run_dir={folder}", f"train.max_steps={steps}", *(VARIANTS[variant] or [])]
+    settings += [f"train.run_dir={folder}", *(VARIANTS[variant] or [])]
+    settings += [f"train.max_steps={steps}"] if steps else []  # random weights take none
     settings.append(f"optim.epochs={max(2, math.ceil(steps * BATCH / 10_000))}")
     config = load_config(PretrainConfig, str(recipe), settings)
 
