@@ -57,9 +57,12 @@ class StopRequest:
         while True:
             try:
                 self.waiting = alone
-                if alone and self.requested:
-                    return
-                item = next(items)
+                try:
+                    if alone and self.requested:
+                        return
+                    item = next(items)
+                finally:  # a signal may come in here, too: hence the outer try
+                    self.waiting = False
             except (StopIteration, Stopped):
                 return
             except UserError as error:
@@ -67,8 +70,6 @@ class StopRequest:
                     raise
                 self.failure = error
                 return
-            finally:
-                self.waiting = False
             yield item
 
     def __exit__(self, *exc: object) -> None:
