@@ -84,6 +84,9 @@ def _is_death(workers: list[Any], error: Exception) -> bool:
 
 
 def _death(workers: list[Any], error: str) -> str:
+    for worker in workers:
+        if wait([worker.sentinel], timeout=0):
+            worker.join(1)  # it has ended, but its status may come a moment later
     ended = [f"{code}{f', {os.strerror(code)}' * (code > 1)}" for worker in workers if (code := worker.exitcode)]
     how = f"ended (status {'; '.join(ended)})" if ended else f"lost a batch ({' '.join(error.split())[:200]})"
     return (
