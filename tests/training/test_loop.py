@@ -157,7 +157,7 @@ def test_files_for_others_are_made_good_at_the_end(workplace, lost):
 
 
 @pytest.mark.slow
-def test_a_finished_run_whose_images_are_gone_is_done(workplace):
+def test_a_finished_run_whose_images_cannot_be_read_is_done(workplace):
     from PIL import Image
 
     for number in range(6):
@@ -165,8 +165,10 @@ def test_a_finished_run_whose_images_are_gone_is_done(workplace):
         Image.new("RGB", (40, 40), (40 * number, 90, 9)).save(workplace / "d" / f"{number}.png")
     settings = ["data.path=d", "train.global_batch_size=6"]
     program.finish(workplace, *settings)
-    for path in (workplace / "d").iterdir():
-        path.write_bytes(path.read_bytes()[:60])
+    for path in (workplace / "d").iterdir():  # of the same size and time, so that the index stands
+        status = path.stat()
+        path.write_bytes(bytes(status.st_size))
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     output = program.finish(workplace, *settings)
     assert "no reconstructions.png: none of eight images" in output
     assert "Traceback" not in output
